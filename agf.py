@@ -1,0 +1,424 @@
+"""AGF, the Attentive Graph Filter, in one file: torch and the standard library only.
+
+Self-attention multiplies the value signal by a softmax matrix A. Seen from graph signal processing,
+A is the weighted adjacency matrix of a directed graph on the tokens, and attention is a graph filter
+of order one with a fixed coefficient. Such a filter is low-pass: it blurs the tokens together.
+AGF learns a better filter and never forms A. It learns the three factors of a singular value
+decomposition directly, puts a learned polynomial on the singular values, and multiplies from the
+right, so that the cost is linear in the number of tokens:
+
+    AGF(X) = (U * p(s)) (V^T X_val),     p(s) = sum_k theta_k T_k(s)
+
+Source: Wi, Choi, Park, "Learning Advanced Self-Attention for Linear Transformers in the Singular
+Value Domain", IJCAI 2025, doi 10.24963/ijcai.2025/730 ("the paper" below).
+
+Glossary (paper's symbol -> ours)
+    B            batch size
+    n            number of tokens in a sequence
+    D   dim      width of a token
+    h   heads    number of heads
+    d            width of a head, d = D / h
+    U            left factor, softmax over the d features of a token          (B, h, n, d)
+    V            right factor, softmax over the n tokens of a feature         (B, h, n, d)
+    s   Sigma    singular values, a sigmoid: each token has d of its own      (B, h, n, d)
+    value        the signal that is filtered, X W_val                         (B, h, n, d)
+    K   order    degree of the polynomial p
+    T_k          its basis, Jacobi polynomials P_k^{(a,b)} by default
+    a, b         the two parameters of the Jacobi basis
+    theta_k      its coefficients, learned, one set for a layer
+    gamma        weight of the orthogonality loss in the total loss
+    keep         boolean mask, True = a real token, False = padding           (B, n)
+
+Differs from the paper's text: nothing in the equations. Where the text is silent (tanh on theta,
+theta_0 = 1, sigmoid and softmax placement) we follow the official code.
+Differs from the official code
+    - Padding is masked everywhere: adding padded tokens never changes a result.
+    - U and V start with larger logits (`AGFAttention.reset_parameters` says why).
+    - One filter code for all bases (Clenshaw), equal to the printed recurrence; a test proves it.
+Does not include: causal masks, key-value caches, encoder-decoder attention, 2-D positions.
+"""
+
+import copy
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------
+# 1. The basis and the filter
+# ---------------------------------------------------------------------------------------------
+
+BASES = ("jacobi", "legendre", "chebyshev", "monomial")
+
+
+def recurrence(order, a, b):
+    """Coefficients of the Jacobi recurrence, one triple for each degree k = 1..order:
+
+        T_0 = 1,    T_k(x) = (A_k x + B_k) T_{k-1}(x) - C_k T_{k-2}(x)
+
+    The paper prints it for k >= 2 with c = 2k+a+b, before the division:
+    2k(k+a+b)(c-2) P_k = (c-1)(c(c-2) x + a^2 - b^2) P_{k-1} - 2(k+a-1)(k+b-1) c P_{k-2}.
+    Raises ValueError where it is undefined (a division by zero) or order < 0.
+    """
+    if int(order) != order or order < 0:
+        raise ValueError(f"order must be a whole number >= 0, got {order}")
+    if not (math.isfinite(a) and math.isfinite(b)):
+        raise ValueError(f"a and b must be finite, got a={a}, b={b}")
+    rows = [((a + b + 2) / 2, (a - b) / 2, 0.0)] if order >= 1 else []
+    for k in range(2, int(order) + 1):
+        c = 2 * k + a + b
+        if abs(k + a + b) < 1e-9 or abs(c - 2) < 1e-9:
+            raise ValueError(f"the Jacobi recurrence is undefined for a={a}, b={b} at k={k} "
+                             f"(k+a+b = {k + a + b:g}, 2k+a+b-2 = {c - 2:g}); choose another a or b")
+        divisor = 2 * k * (k + a + b) * (c - 2)
+        rows.append(((c - 1) * c * (c - 2) / divisor, (c - 1) * (a * a - b * b) / divisor,
+                     2 * (k + a - 1) * (k + b - 1) * c / divisor))
+    return rows
+
+
+def jacobi(x, order, a, b):
+    """Jacobi polynomials P_0..P_order at x, stacked: x (any shape) -> (order+1, *x.shape).
+
+    They are orthogonal on [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1) and some
+    published settings have b <= -1: the recurrence still holds, the orthogonality does not.
+    """
+    T = [torch.ones_like(x)]
+    for A, B, C in recurrence(order, a, b):
+        T.append((A * x + B) * T[-1] - (C * T[-2] if C else 0))
+    return torch.stack(T)
+
+
+class JacobiFilter(nn.Module):
+    """The filter p(s) = sum_k theta_k T_k(s), elementwise: s (any shape) -> same shape.
+
+    basis: "jacobi" with parameters a, b; "legendre" is a = b = 0; "chebyshev" is a = b = -1/2, as in
+    the official code (proportional to the Chebyshev polynomials, not equal); "monomial" is s^k.
+    identity: theta_0 = 1 is constant, so the filter starts as p = 1. Without it p starts as 0.
+    """
+
+    def __init__(self, order=5, basis="jacobi", a=1.0, b=0.0, identity=True):
+        super().__init__()
+        if basis not in BASES:
+            raise ValueError(f"unknown basis {basis!r}; choose one of {', '.join(BASES)}")
+        a, b = {"legendre": (0.0, 0.0), "chebyshev": (-0.5, -0.5)}.get(basis, (a, b))
+        self.recurrence = recurrence(order, a, b)
+        if basis == "monomial":
+            self.recurrence = [(1.0, 0.0, 0.0)] * order
+        self.order, self.basis, self.a, self.b, self.identity = order, basis, a, b, identity
+        self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; see coefficients()
+
+    def coefficients(self):
+        """The effective theta, shape (order+1,): tanh keeps each in (-1, 1), signs are free."""
+        theta = torch.tanh(self.theta)
+        if self.identity:
+            theta = torch.cat([torch.ones_like(theta[:1]), theta[1:]])
+        return theta
+
+    def forward(self, s):
+        # Clenshaw: from the highest degree down, b_k = theta_k + (A_{k+1} s + B_{k+1}) b_{k+1}
+        # - C_{k+2} b_{k+2}, and p = b_0. The same polynomial without storing T_0..T_K.
+        s, theta = at_least_float32(s), at_least_float32(self.coefficients())
+        after, last = None, theta[-1] * torch.ones_like(s)   # b_{k+2}, b_{k+1}
+        for k in range(self.order - 1, -1, -1):
+            A, B, _ = self.recurrence[k]
+            new = theta[k] + (A * s + B) * last
+            if after is not None and (C := self.recurrence[k + 1][2]):
+                new = new - C * after
+            after, last = last, new
+        return last
+
+
+def at_least_float32(x):
+    """Half precision goes up to float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The orthogonality loss
+# ---------------------------------------------------------------------------------------------
+
+def orthogonality_loss(U, V, keep=None):
+    """How far U and V are from orthonormal columns: (B, h, n, d) twice -> (B,), one value a sample.
+
+        mean |U^T U - I| + mean |V^T V - I|     over the d x d entries, averaged over heads
+
+    Padded tokens (keep False) do not count. It cannot reach 0: entries of U and V are positive.
+    U^T U grows with n, so the same gamma weighs more on longer sequences.
+    """
+    with torch.autocast(U.device.type, enabled=False):       # in float32 also under autocast
+        U, V = at_least_float32(U), at_least_float32(V)
+        if keep is not None:
+            hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
+            U, V = U.masked_fill(hide, 0), V.masked_fill(hide, 0)
+        eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
+        gram = (U.mT @ U - eye).abs() + (V.mT @ V - eye).abs()   # (B, h, d, d)
+        return gram.mean(dim=(1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The mixers: forward(x, keep=None) -> (out, ortho), (B, n, D) -> (B, n, D), (B,)
+# ---------------------------------------------------------------------------------------------
+
+def check_heads(dim, heads):
+    if heads < 1 or dim < 1 or dim % heads:
+        raise ValueError(f"heads must divide the width: dim={dim}, heads={heads}")
+
+
+def hide_padding(x, keep):
+    """Zeros at padded tokens, whatever stands there (NaN and inf too), in a new tensor."""
+    return x if keep is None else x.masked_fill(~keep[:, :, None], 0)
+
+
+class AGFAttention(nn.Module):
+    """The paper's mixer. `filter` replaces p by another elementwise module (the ablations)."""
+
+    def __init__(self, dim, heads, order=5, basis="jacobi", a=1.0, b=0.0, identity=True, filter=None):
+        super().__init__()
+        check_heads(dim, heads)
+        self.dim, self.heads = dim, heads
+        self.in_proj = nn.Linear(dim, 4 * dim)               # rows: U, Sigma, V, value
+        self.out_proj = nn.Linear(dim, dim)
+        self.filter = filter or JacobiFilter(order, basis, a, b, identity)
+
+    def factors(self, x, keep=None):
+        """x (B, n, D) -> U, s, V, value, each (B, h, n, d)."""
+        B, n, D = x.shape
+        proj = self.in_proj(hide_padding(x, keep))           # (B, n, 4D)
+        proj = proj.view(B, n, 4, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        U, s, V, value = proj.unbind(0)                      # each (B, h, n, d)
+        U = at_least_float32(U).softmax(-1)                  # over features: rows sum to 1
+        s = at_least_float32(s).sigmoid()                    # in (0, 1)
+        V = at_least_float32(V)
+        if keep is None:
+            V = V.softmax(-2)                                # over tokens: columns sum to 1
+        else:
+            hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
+            # The lowest number, not -inf: a fully padded row must not become 0/0.
+            V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(-2).masked_fill(hide, 0)
+        return U, s, V, value
+
+    def forward(self, x, keep=None):
+        U, s, V, value = self.factors(x, keep)
+        signal = V.mT @ value.to(V.dtype)                    # (B, h, d, d), sums over the tokens
+        out = (U * self.filter(s)).to(signal.dtype) @ signal                # (B, h, n, d)
+        out = self.out_proj(out.transpose(1, 2).reshape(x.shape))           # (B, n, D)
+        return hide_padding(out, keep), orthogonality_loss(U, V, keep)
+
+    def matrix(self, x, keep=None):
+        """The n x n attention matrix that forward() never builds: U p(s) V^T, (B, h, n, n)."""
+        U, s, V, _ = self.factors(x, keep)
+        return (U * self.filter(s)) @ V.mT
+
+
+class SoftmaxAttention(nn.Module):
+    """Ordinary multi-head self-attention, the baseline. Its cost is quadratic in n."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        check_heads(dim, heads)
+        self.dim, self.heads = dim, heads
+        self.in_proj = nn.Linear(dim, 3 * dim)               # rows: query, key, value
+        self.out_proj = nn.Linear(dim, dim)
+
+    def factors(self, x, keep=None):
+        """x (B, n, D) -> query, key, value, each (B, h, n, d), and the mask (B, 1, 1, n) or None."""
+        B, n, D = x.shape
+        proj = self.in_proj(hide_padding(x, keep))           # (B, n, 3D)
+        query, key, value = proj.view(B, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        # A fully padded row attends to all of its zeros: a softmax over nothing is NaN.
+        mask = None if keep is None else (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
+        return query, key, value, mask
+
+    def forward(self, x, keep=None):
+        query, key, value, mask = self.factors(x, keep)
+        out = F.scaled_dot_product_attention(query, key, value, mask)       # (B, h, n, d)
+        out = self.out_proj(out.transpose(1, 2).reshape(x.shape))           # (B, n, D)
+        return hide_padding(out, keep), x.new_zeros(x.shape[0])
+
+    def matrix(self, x, keep=None):
+        """The attention matrix, (B, h, n, n). Its rows sum to 1."""
+        query, key, _, mask = self.factors(x, keep)
+        logits = at_least_float32(query @ key.mT) / math.sqrt(query.shape[-1])
+        return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(-1)
+
+
+class NoMixer(nn.Module):
+    """The control: tokens never see each other. What is left when a task needs no attention?"""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+
+    def forward(self, x, keep=None):
+        return torch.zeros_like(x), x.new_zeros(x.shape[0])
+
+
+MIXERS = {
+    "agf": AGFAttention,
+    "uv": lambda dim, heads: AGFAttention(dim, heads, order=0),                      # Sigma = 1
+    "usv": lambda dim, heads: AGFAttention(dim, heads, filter=nn.Identity()),        # p(s) = s
+    "softmax": SoftmaxAttention,
+    "none": NoMixer,
+}
+
+# ---------------------------------------------------------------------------------------------
+# 4. The compact Transformer
+# ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class AGFConfig:
+    """Everything that fixes the shape of an AGFTransformer."""
+    classes: int                  # number of classes
+    length: int                   # longest input, in time steps or token ids
+    channels: int = 1             # continuous series: x is (B, length, channels), float
+    vocab: int = 0                # > 0: token ids instead, x is (B, length), integer
+    dim: int = 128                # width D of a token
+    depth: int = 2                # number of blocks
+    heads: int = 4
+    hidden: int = 256             # width inside the feed-forward part of a block
+    dropout: float = 0.1
+    norm: str = "pre"             # "pre" or "post" (the paper's UEA setting) LayerNorm
+    pool: str = "mean"            # "mean", "flatten" (all tokens side by side) or "first" token
+    head: int = 0                 # > 0: a hidden ReLU layer of this width in the classifier
+    kernel: int = 1               # > 1: the embedding sees this many neighbouring time steps
+    stride: int = 1               # > 1: one token for this many time steps
+    scale: bool = False           # multiply the embedding by sqrt(dim), as in the official UEA code
+    mixer: str = "agf"            # a name in MIXERS
+    order: int = 5                # the filter, for mixer="agf" only
+    basis: str = "jacobi"
+    a: float = 1.0
+    b: float = 0.0
+    identity: bool = True
+
+    @property
+    def tokens(self):
+        """Number of tokens of a series of full length."""
+        return -(-self.length // self.stride)
+
+
+class Block(nn.Module):
+    """Mixer, then feed-forward, each with a residual path and a LayerNorm before or after it."""
+
+    def __init__(self, config, mixer):
+        super().__init__()
+        D = config.dim
+        self.mixer, self.pre = mixer, config.norm == "pre"
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.mlp = nn.Sequential(nn.Linear(D, config.hidden), nn.GELU(), nn.Dropout(config.dropout),
+                                 nn.Linear(config.hidden, D))
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, keep=None):
+        if self.pre:
+            out, ortho = self.mixer(self.norm1(x), keep)
+            x = x + self.drop(out)
+            x = x + self.drop(self.mlp(self.norm2(x)))
+        else:
+            out, ortho = self.mixer(x, keep)
+            x = self.norm1(x + self.drop(out))
+            x = self.norm2(x + self.drop(self.mlp(x)))
+        return x, ortho
+
+
+class AGFTransformer(nn.Module):
+    """A classifier of sequences: forward(x, keep=None) -> (logits (B, classes), ortho (B,)).
+
+    x: (B, n, channels) series or (B, n) token ids, n <= config.length. keep: (B, n), True = real.
+    mixer: your own class instead of config.mixer, called as mixer(dim, heads) once for each block.
+    ortho is the orthogonality loss, mean over the blocks; the total loss is
+    cross-entropy + gamma * ortho.mean().
+    """
+
+    def __init__(self, config, mixer=None):
+        super().__init__()
+        check_config(config)
+        self.config, D = config, config.dim
+        if mixer is None and config.mixer == "agf":
+            mixer = lambda dim, heads: AGFAttention(dim, heads, config.order, config.basis,
+                                                    config.a, config.b, config.identity)
+        mixer = mixer or MIXERS[config.mixer]
+        if config.vocab:
+            self.embed = nn.Embedding(config.vocab, D)
+            nn.init.normal_(self.embed.weight, std=0.02)
+        elif config.kernel == config.stride == 1:
+            self.embed = nn.Linear(config.channels, D)
+        else:                     # one token for `stride` steps, from the `kernel` steps around it
+            self.embed = nn.Conv1d(config.channels, D, config.kernel, config.stride,
+                                   padding=config.kernel // 2)
+        self.position = nn.Parameter(0.02 * torch.randn(config.tokens, D))
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config, mixer(D, config.heads))
+                                     for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(D)
+        width = D * config.tokens if config.pool == "flatten" else D
+        self.classifier = nn.Linear(width, config.classes)
+        if config.head:
+            self.classifier = nn.Sequential(nn.Linear(width, config.head), nn.ReLU(),
+                                            nn.Linear(config.head, config.classes))
+
+    def tokens(self, x, keep=None):
+        """Input -> embedded tokens (B, n', D) and their keep mask, n' = ceil(n / stride)."""
+        c = self.config
+        if x.shape[1] > c.length:
+            raise ValueError(f"the input has {x.shape[1]} steps, this model takes at most {c.length}")
+        if c.vocab:
+            x = self.embed(x if keep is None else x.masked_fill(~keep, 0))
+        elif isinstance(self.embed, nn.Linear):
+            x = self.embed(hide_padding(x, keep))
+        else:
+            x = self.embed(hide_padding(x, keep).mT).mT      # (B, n, channels) -> (B, ~n/stride, D)
+            keep = None if keep is None else keep[:, :: c.stride]
+        if c.scale:
+            x = x * math.sqrt(c.dim)
+        return self.drop(x + self.position[: x.shape[1]]), keep
+
+    def hidden_states(self, x, keep=None):
+        """All layers: [embedding, after block 1, ..., after the last], each (B, n', D), the keep
+        mask of these tokens (B, n') or None, and the orthogonality loss (B,)."""
+        x, keep = self.tokens(x, keep)
+        states, ortho = [x], x.new_zeros(x.shape[0], dtype=torch.float32)
+        for block in self.blocks:
+            x, loss = block(x, keep)
+            states.append(x)
+            ortho = ortho + loss / len(self.blocks)
+        return states, keep, ortho
+
+    def forward(self, x, keep=None):
+        states, keep, ortho = self.hidden_states(x, keep)
+        return self.classify(states[-1], keep), ortho
+
+    def classify(self, x, keep=None):
+        """Last hidden state (B, n', D) -> logits (B, classes). Padding has no say."""
+        x = hide_padding(self.norm(x), keep)
+        if self.config.pool == "first":
+            x = x[:, 0]                                      # (B, D)
+        elif self.config.pool == "mean":
+            real = x.shape[1] if keep is None else keep.sum(1, keepdim=True).clamp(min=1)
+            x = x.sum(1) / real                              # (B, D)
+        else:
+            x = hide_padding(self.drop(F.gelu(x)), keep)
+            x = F.pad(x, (0, 0, 0, self.config.tokens - x.shape[1])).flatten(1)     # (B, n' D)
+        return self.classifier(x)
+
+
+def check_config(config):
+    """Plain words for what would otherwise fail deep inside torch."""
+    check_heads(config.dim, config.heads)
+    choices = {"norm": ("pre", "post"), "pool": ("mean", "flatten", "first"), "mixer": MIXERS}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"unknown {name} {getattr(config, name)!r}; "
+                             f"choose one of {', '.join(allowed)}")
+    for name in ("classes", "length", "channels", "dim", "depth", "hidden", "kernel", "stride"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd, so that a token has a middle, got {config.kernel}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
