@@ -38,14 +38,9 @@ Differs from the official code
 Does not include: causal masks, key-value caches, encoder-decoder attention, 2-D positions.
 """
 
-import copy
 import math
 import os
-import random
-import sys
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -422,3 +417,120 @@ def check_config(config):
         raise ValueError(f"kernel must be odd, so that a token has a middle, got {config.kernel}")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+
+# ---------------------------------------------------------------------------------------------
+# 5. Diagnostics of oversmoothing: tokens (B, n, D), keep (B, n) -> one number a sample, (B,)
+# ---------------------------------------------------------------------------------------------
+
+def token_cosine(x, keep=None):
+    """Mean cosine between two different tokens, mean_{i != j} cos(x_i, x_j). 1 = all point one way."""
+    z = F.normalize(hide_padding(x, keep), dim=-1)           # (B, n, D), unit rows
+    n = x.shape[1] if keep is None else keep.sum(1)
+    pairs = z.sum(1).square().sum(-1) - z.square().sum((1, 2))
+    return pairs / (n * (n - 1) if keep is None else (n * (n - 1)).clamp(min=1))
+
+
+def high_frequency_ratio(x, keep=None):
+    """||HFC[x]|| / ||LFC[x]|| (Theorem 1): LFC = the mean token, repeated, HFC = the rest. 0 = smooth."""
+    keep = torch.ones_like(x[..., 0], dtype=torch.bool) if keep is None else keep
+    n = keep.sum(1).clamp(min=1)[:, None, None]              # (B, 1, 1)
+    x = hide_padding(x, keep)
+    low = hide_padding((x.sum(1, keepdim=True) / n).expand_as(x), keep)
+    return (x - low).flatten(1).norm(dim=1) / low.flatten(1).norm(dim=1)
+
+
+def effective_rank(x, keep=None):
+    """exp(entropy) of the singular values of each token matrix, scaled to sum 1 (Roy and Vetterli,
+    2007). From 1 (rank one) to min(n, D). On the CPU in float64: small singular values matter."""
+    share = torch.linalg.svdvals(hide_padding(x, keep).detach().cpu().double())
+    share = share / share.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1).exp()
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. A small trainer
+# ---------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """A mistake that the user can mend. The scripts print it in one line and exit with status 2."""
+
+
+def choose_device(name="auto"):
+    """-> (torch.device, the reason in words). auto takes cuda before mps before cpu."""
+    if name != "auto":
+        return torch.device(name), "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU"
+    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+
+
+def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.0, smoothing=0.0,
+        amp=False, net=None, after_step=None):
+    """Train `model` from step `start` up to `steps`. A step is cross-entropy + gamma * ortho.
+
+    batch_at(step) -> (x, keep or None, y), fixed by the step alone, so that a resumed run sees the
+    same batches. rate(step) -> learning rate. clip: largest gradient norm. smoothing: of the labels.
+    amp: bfloat16 autocast. net: a compiled or distributed wrapper of the model.
+    after_step(done, loss, ortho) gets the number of finished steps and two scalar tensors.
+    """
+    net, device = net or model, next(model.parameters()).device
+    model.train()
+    for step in range(start, steps):
+        x, keep, y = batch_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits, ortho = net(x, keep)
+        loss, ortho = F.cross_entropy(at_least_float32(logits), y, label_smoothing=smoothing), ortho.mean()
+        (loss + gamma * ortho).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if after_step:
+            after_step(step + 1, loss.detach(), ortho.detach())
+
+
+@torch.no_grad()
+def evaluate(model, batches, amp=False):
+    """Logits of all batches of (x, keep or None), on the CPU: (N, classes). Leaves train mode as is."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        logits = torch.cat([at_least_float32(model(x, keep)[0]).cpu() for x, keep in batches])
+    model.train(training)
+    return logits
+
+
+def save(path, **parts):
+    """Write a checkpoint under a temporary name, then rename: a crash leaves the old file whole."""
+    part = f"{path}.{os.getpid()}.part"
+    torch.save(parts, part)
+    os.replace(part, path)
+
+
+def load(path):
+    """Read a checkpoint. weights_only: a file from a stranger can hold numbers, not code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+
+
+def training_state(model, optimizer):
+    """What a resumed run needs to end at the same numbers, apart from the step."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "config": asdict(model.config), "rng": torch.get_rng_state(), "rng_cuda": cuda}
+
+
+def restore(state, model, optimizer):
+    """The inverse of training_state."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["rng_cuda"]:
+        torch.cuda.set_rng_state_all(state["rng_cuda"])

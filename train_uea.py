@@ -1,0 +1,617 @@
+"""Train and evaluate AGF on one set of the UEA / UCR archive of time series.
+
+    python train_uea.py --dataset JapaneseVowels
+
+Protocol: a fixed number of epochs on the whole train split, one pass over the test split at the end.
+`--protocol paper` does what the field does, the best epoch on the test split, and labels it.
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import agf
+from agf import UserError
+
+# The default: one compact recipe for every data set. What goes beyond the paper, and why:
+RECIPE = dict(
+    basis="jacobi", order=5, a=1.0, b=0.0, identity=True, gamma=0.01,
+    dim=128, depth=2, heads=4, hidden=256, dropout=0.1, norm="pre", pool="mean", scale=False,
+    kernel=11,         # embed 11 neighbouring steps: one step of a sensor says little     (1 = off)
+    max_tokens=64,     # stride = ceil(length / 64): long series in seconds, not hours     (0 = off)
+    augment=0.3,       # warp time, scale channels, add noise: 120 series are few          (0 = off)
+    optimizer="adamw", lr=1e-3, schedule="cosine", clip=1.0, batch_size=16,
+    steps=1000, epochs=None,     # epochs = enough for 1000 steps, at least 10
+)
+# The published setting: shared by all sets, then one row for each set.
+PAPER = dict(
+    dim=512, depth=2, heads=8, hidden=2048, dropout=0.1, norm="post", pool="flatten", scale=True,
+    kernel=1, max_tokens=0, augment=0.0, optimizer="radam", lr=1e-3, schedule="constant", clip=4.0,
+    batch_size=16, steps=0, epochs=100,
+)
+PAPER_SETS = {   # basis, order, a, b, gamma, identity, and what else that set changes
+    "EthanolConcentration": ("jacobi", 6, 1.5, -1.5, 0.1, True, {}),
+    "FaceDetection": ("jacobi", 9, 2.0, 0.5, 0.1, True, {}),
+    "Handwriting": ("jacobi", 3, 1.0, 0.2, 0.01, False, {}),
+    "Heartbeat": ("chebyshev", 6, 0.0, 0.0, 0.01, False, {}),
+    "JapaneseVowels": ("legendre", 4, 0.0, 0.0, 0.01, False, {}),
+    "PEMS-SF": ("jacobi", 5, 1.5, 2.0, 0.1, True, {"epochs": 400}),
+    "SelfRegulationSCP1": ("jacobi", 9, 1.5, 1.0, 0.1, True, {}),
+    "SelfRegulationSCP2": ("jacobi", 7, 2.0, 1.5, 0.1, True, {}),
+    "SpokenArabicDigits": ("jacobi", 4, 1.0, 0.0, 0.5, True, {"optimizer": "adam"}),
+    "UWaveGestureLibrary": ("jacobi", 10, 2.0, 1.5, 0.1, True, {}),
+}
+
+
+# ------------------------------------------------------------------------------------- options
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):       # one line, no usage block above it
+        raise UserError(f"{message} (see --help)")
+
+
+def options(argv):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what to run")
+    g.add_argument("--dataset", metavar="NAME", help="a set of the UEA or UCR archive")
+    g.add_argument("--list", action="store_true", help="name the sets usable now and the paper's ten")
+    g.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="looked in first, for NAME/NAME_TRAIN.ts; downloads go there (default: data)")
+    g.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-TIME)")
+    g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, same numbers")
+    g.add_argument("--predict", metavar="FILE.ts", help="classify new series, CSV on standard output")
+    g.add_argument("--checkpoint", metavar="RUN", help="the run folder (or model.pt) for --predict")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    g.add_argument("--seeds", type=int, default=1, metavar="N", help="train N times, report mean and deviation")
+    g.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default: 0)")
+    g.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    g = p.add_argument_group("recipe (default: the chosen preset's)")
+    g.add_argument("--preset", choices=["compact", "paper"], default="compact",
+                   help="compact: one recipe for all sets; paper: the published setting of this set")
+    g.add_argument("--protocol", choices=["honest", "paper"], default="honest",
+                   help="paper: also report the best epoch on the TEST split (optimistic)")
+    for name, kind, text in [
+            ("epochs", int, "passes over the train split"), ("batch-size", int, "series in a step"),
+            ("lr", float, "peak learning rate"), ("dropout", float, ""),
+            ("augment", float, "strength of time warp, scaling and noise; 0 = none"),
+            ("gamma", float, "weight of the orthogonality loss")]:
+        g.add_argument(f"--{name}", type=kind, help=text)
+    g = p.add_argument_group("model (default: the chosen preset's)")
+    g.add_argument("--mixer", choices=list(agf.MIXERS), default="agf",
+                   help="agf, its ablations uv (Sigma = 1) and usv (p(s) = s), softmax, or none")
+    for name, kind, text in [
+            ("dim", int, "width of a token"), ("depth", int, "number of blocks"), ("heads", int, ""),
+            ("kernel", int, "time steps seen by one token; 1 = one"),
+            ("max-tokens", int, "stride the embedding to have at most so many; 0 = no stride"),
+            ("order", int, "degree K of the filter"), ("a", float, "Jacobi parameter"),
+            ("b", float, "Jacobi parameter")]:
+        g.add_argument(f"--{name}", type=kind, help=text)
+    g.add_argument("--basis", choices=agf.BASES)
+    g.add_argument("--pool", choices=["mean", "flatten", "first"])
+    return p.parse_args(argv), p
+
+
+def resolve(args):
+    """Preset values, overridden by what the user gave: the full settings of a run."""
+    setting = dict(RECIPE)
+    if args.preset == "paper":
+        if args.dataset not in PAPER_SETS:
+            raise UserError(f"--preset paper has no published setting for {args.dataset}; "
+                            f"it has: {', '.join(PAPER_SETS)}")
+        *filter_setting, extra = PAPER_SETS[args.dataset]
+        setting = PAPER | dict(zip(("basis", "order", "a", "b", "gamma", "identity"), filter_setting))
+        setting |= extra
+    setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
+    for name, low in dict(epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, max_tokens=0).items():
+        value = setting[name]
+        if value is not None and not (low <= value < math.inf):
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
+    if args.seeds < 1 or args.seed < 0:
+        raise UserError(f"--seeds must be at least 1 and --seed at least 0, got {args.seeds}, {args.seed}")
+    return setting
+
+
+# ---------------------------------------------------------------------------------------- data
+
+def aeon_folder():
+    import aeon
+    return Path(aeon.__file__).parent / "datasets" / "data"
+
+
+def find(name, data_dir):
+    """Folder with NAME_TRAIN.ts and NAME_TEST.ts: yours, what aeon ships, else aeon's download."""
+    for folder in (Path(data_dir) / name, Path(data_dir), aeon_folder() / name):
+        files = [folder / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
+        if all(f.is_file() for f in files):
+            return files
+        if any(f.is_file() for f in files):
+            missing = [f for f in files if not f.is_file()][0]
+            raise UserError(f"{missing} is missing beside its other half")
+    from aeon.datasets import load_classification
+    from aeon.datasets.tsc_datasets import tsc_zenodo
+    if name not in tsc_zenodo:
+        near = {n.lower(): n for n in tsc_zenodo}
+        near = [near[n] for n in difflib.get_close_matches(name.lower(), near, 3, 0.5)]
+        raise UserError(f"unknown data set {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                        + " --list names those usable now")
+    print(f"downloading {name} from the archive, without a progress bar (some sets are hundreds of MB)")
+    home = Path(data_dir)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as part:      # whole or not at all
+            load_classification(name, split="train", extract_path=part,
+                                load_equal_length=False, load_no_missing=False)
+            os.replace(Path(part) / name, home / name)
+    except Exception as error:
+        raise UserError(
+            f"could not download {name} ({type(error).__name__}: {str(error).splitlines()[0][:80]}). "
+            f"Fetch https://timeseriesclassification.com/aeon-toolkit/{name}.zip in a browser, or the "
+            f"set from zenodo.org record {tsc_zenodo[name]}, and unpack it so that "
+            f"{home / name / (name + '_TRAIN.ts')} and _TEST.ts exist") from None
+    return [home / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
+
+
+def read(path, need_labels=True):
+    """One .ts file -> list of float32 arrays (time, channels), labels, class names, missing values."""
+    import numpy as np
+    from aeon.datasets import load_from_ts_file
+    try:
+        X, y, meta = load_from_ts_file(str(path), return_meta_data=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:       # the reader meets a damaged file in many ways
+        reason = "it is empty" if os.path.getsize(path) == 0 else str(error).splitlines()[0][:160]
+        raise UserError(f"{path}: not a complete .ts file: {reason}") from None
+    if len(X) == 0:
+        raise UserError(f"{path}: holds no series")
+    if need_labels and not meta["classlabel"]:
+        raise UserError(f"{path}: the labels are missing (its header has no '@classLabel true ...')")
+    series, missing = [], 0
+    for i, x in enumerate(X):
+        x = np.array(x.T, dtype=np.float64)                      # (time, channels)
+        if x.size == 0:
+            raise UserError(f"{path}: series {i + 1} has length 0")
+        if np.isinf(x).any():
+            raise UserError(f"{path}: series {i + 1} has an infinite value")
+        bad = np.isnan(x)
+        missing += int(bad.sum())
+        for c in np.flatnonzero(bad.any(0)):                     # linear in time, flat at the ends
+            good = np.flatnonzero(~bad[:, c])
+            if len(good):
+                x[:, c] = np.interp(np.arange(len(x)), good, x[good, c])
+        series.append(x.astype(np.float32))
+    if missing:
+        print(f"{path}: {missing} missing values, interpolated along time", file=sys.stderr)
+    return series, [str(label) for label in y], meta["class_values"]
+
+
+def pad(series, length, mean, std):
+    """Standardise, pad to a common length: -> x (N, length, channels), keep (N, length)."""
+    x = torch.zeros(len(series), length, len(mean))
+    keep = torch.zeros(len(series), length, dtype=torch.bool)
+    for i, one in enumerate(series):
+        one = (torch.from_numpy(one[:length]) - mean) / std
+        x[i, :len(one)], keep[i, :len(one)] = one.nan_to_num(0.0), True   # a channel with no value: mean
+    return x, keep
+
+
+def load_dataset(name, data_dir):
+    """Train and test split as tensors, scaled with statistics of the train split only."""
+    files = find(name, data_dir)
+    (train, train_y, classes), (test, test_y, _) = read(files[0]), read(files[1])
+    classes = classes or sorted(set(train_y))
+    for path, split, labels in ((files[0], train, train_y), (files[1], test, test_y)):
+        if len({x.shape[1] for x in split} | {train[0].shape[1]}) > 1:
+            raise UserError(f"{path}: not all series have {train[0].shape[1]} channels")
+        if unknown := sorted(set(labels) - set(classes)):
+            raise UserError(f"{path}: label {unknown[0]!r} is not one of the classes {', '.join(classes)}")
+    steps = torch.cat([torch.from_numpy(x) for x in train]).double()
+    mean, std = steps.nanmean(0), ((steps - steps.nanmean(0)) ** 2).nanmean(0).sqrt()
+    mean, std = mean.nan_to_num(0).float(), std.nan_to_num(1).clamp(min=1e-8).float()
+    length = max(len(x) for x in train)
+    if cut := sum(len(x) > length for x in test):
+        print(f"{cut} test series are longer than any train series: cut to {length} steps")
+    index = {label: i for i, label in enumerate(classes)}
+    split = [(*pad(x, length, mean, std), torch.tensor([index[label] for label in y]))
+             for x, y in ((train, train_y), (test, test_y))]
+    return split[0], split[1], dict(dataset=name, classes=classes, mean=mean.tolist(), std=std.tolist())
+
+
+def augment(x, keep, strength, generator):
+    """Warp time smoothly, scale each channel, add noise; ends stay ends. x (B, n, channels)."""
+    B, n, channels = x.shape
+    last = (keep.sum(1, keepdim=True) - 1).clamp(min=1).to(x.device)             # (B, 1)
+    harmonic = math.pi * torch.arange(1, 4)                                      # 3 half waves
+    size = strength * torch.randn(B, 1, 3, generator=generator).clamp(-1, 1) / harmonic
+    t = torch.arange(n) / last.cpu()                                             # (B, n), 1 at the end
+    t = (t + (size * torch.sin(t[:, :, None] * harmonic)).sum(-1)).clamp(0, 1).to(x.device) * last
+    left = t.long().clamp(max=n - 1)                                             # (B, n)
+    right = torch.minimum(left + 1, last)
+    pick = lambda i: x.gather(1, i[:, :, None].expand(-1, -1, channels))
+    x = torch.lerp(pick(left), pick(right), (t - left)[:, :, None])
+    gain = torch.exp(0.7 * strength * torch.randn(B, 1, channels, generator=generator))
+    x = x * gain.to(x.device) + strength / 3 * torch.randn(x.shape, generator=generator).to(x.device)
+    return x.masked_fill(~keep[:, :, None], 0)
+
+
+# ------------------------------------------------------------------------------------- one run
+
+class Stopped(Exception):
+    """Ctrl-C or a polite kill: the state is saved, --resume goes on."""
+
+
+def build(setting, mixer, data, length):
+    stride = -(-length // setting["max_tokens"]) if setting["max_tokens"] else 1
+    names = ("dim", "depth", "heads", "hidden", "dropout", "norm", "pool", "scale", "kernel",
+             "order", "basis", "a", "b", "identity")
+    return agf.AGFConfig(classes=len(data["classes"]), length=length, channels=len(data["mean"]),
+                         mixer=mixer, stride=stride, **{k: setting[k] for k in names})
+
+
+def batches(split, size, device):
+    """Whole split in order; each batch trimmed to its longest series (padding changes nothing)."""
+    x, keep, _ = split
+    for i in range(0, len(x), size):
+        k = keep[i:i + size]
+        n = int(k.sum(1).max())
+        yield x[i:i + size, :n].to(device), k[:, :n].to(device)
+
+
+def accuracy(model, split, device):
+    return (agf.evaluate(model, batches(split, 128, device)).argmax(1) == split[2]).double().mean().item()
+
+
+def without_mixers(model):
+    """A copy whose mixers output zero: how much of the accuracy is theirs?"""
+    import copy
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.mixer = agf.NoMixer(model.config.dim, model.config.heads)
+    return model
+
+
+def train(seed, config, setting, protocol, data, device, compiled, state, save, log, bar):
+    """One seed, from scratch or from `state`: -> (model, result of this seed)."""
+    train_split, test_split = data
+    torch.manual_seed(seed)
+    model = agf.AGFTransformer(config).to(device)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+    decay = {"weight_decay": 0.05} if setting["optimizer"] == "adamw" else {}
+    optimizer = kinds[setting["optimizer"]](model.parameters(), lr=setting["lr"], **decay)
+    x, keep, y = (t.to(device) for t in train_split)
+    lengths, size = train_split[1].sum(1), setting["batch_size"]
+    per_epoch = -(-len(y) // size)
+    epochs = setting["epochs"] or max(10, -(-setting["steps"] // per_epoch))
+    steps, order = epochs * per_epoch, {}
+
+    def batch_at(step):
+        epoch, i = divmod(step, per_epoch)
+        if epoch not in order:
+            order.clear()
+            order[epoch] = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed * 100003 + epoch))
+        pick = order[epoch][i * size:(i + 1) * size]
+        n = x.shape[1] if compiled else int(lengths[pick].max())  # compiled: one shape, no recompiling
+        pick = pick.to(device)
+        series, real = x[pick, :n], keep[pick, :n]
+        if setting["augment"]:
+            series = augment(series, real, setting["augment"],
+                             torch.Generator().manual_seed(seed * 1000003 + step))
+        return series, real, y[pick]
+
+    def rate(step):
+        if setting["schedule"] == "constant":
+            return setting["lr"]
+        warmup = min(1, (step + 1) / (0.1 * steps))
+        return setting["lr"] * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    start, sums, spent, tested = 0, [0.0, 0.0], 0.0, []
+    if state:
+        agf.restore(state, model, optimizer)
+        start, sums, spent, tested = state["step"], state["sums"], state["seconds"], state["tested"]
+    bar.reset(steps)
+    bar.update(start)
+    begin = saved = time.perf_counter()
+
+    def after_step(done, loss, ortho):
+        nonlocal saved
+        sums[0] += loss.item()
+        sums[1] += ortho.item()
+        bar.update()
+        if not math.isfinite(sums[0]):
+            raise UserError(f"the loss is not finite after step {done} of seed {seed}: "
+                            f"try a smaller --lr (now {setting['lr']:g})")
+        now = time.perf_counter()
+        if done % per_epoch == 0:
+            row = dict(seed=seed, epoch=done // per_epoch, step=done, lr=rate(done - 1),
+                       loss=sums[0] / per_epoch, ortho=sums[1] / per_epoch)
+            sums[:] = [0.0, 0.0]
+            if protocol == "paper":
+                tested.append(accuracy(model, test_split, device))
+                row["test_accuracy"] = tested[-1]
+            log(row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", ortho=f"{row['ortho']:.3f}")
+        if stop_asked or now - saved > 10:
+            saved = now
+            save(agf.training_state(model, optimizer)
+                 | dict(step=done, sums=list(sums), seconds=spent + now - begin, tested=list(tested)))
+            if stop_asked:
+                raise Stopped
+
+    agf.fit(model, optimizer, batch_at, steps, rate=rate, start=start, gamma=setting["gamma"],
+            clip=setting["clip"], net=torch.compile(model) if compiled else None, after_step=after_step)
+    seconds = spent + time.perf_counter() - begin
+    result = dict(seed=seed, epochs=epochs, train_seconds=round(seconds, 2),
+                  test_accuracy=accuracy(model, test_split, device),
+                  test_accuracy_mixers_off=accuracy(without_mixers(model), test_split, device))
+    if protocol == "paper":
+        result["best_test_accuracy"] = max(tested)
+    return model, result
+
+
+stop_asked = []                      # filled by the signal handler
+
+
+def run(args):
+    """Train all seeds of one setting, new or resumed; leaves the whole run folder."""
+    out = Path(args.out or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S"))
+    state = agf.load(out / "checkpoint.pt") if args.resume and (out / "checkpoint.pt").exists() else None
+    begin = time.perf_counter()
+    setting = resolve(args)
+    device, reason = pick_device(args.device)
+    train_split, test_split, data = load_dataset(args.dataset, args.data_dir)
+    config = build(setting, args.mixer, data, train_split[0].shape[1])
+    parameters = sum(p.numel() for p in agf.AGFTransformer(config).parameters())    # also a check
+    if not args.resume:
+        prepare(out, dict(command=command_line(), options=vars(args), setting=setting,
+                          model=agf.asdict(config), versions=versions()))
+    print(f"{args.dataset}: {len(train_split[2])} train, {len(test_split[2])} test series, "
+          f"{config.channels} channels, length {config.length} -> {config.tokens} tokens, "
+          f"{config.classes} classes")
+    print(f"mixer {args.mixer}, {parameters:,} parameters, device {device} ({reason}), run folder {out}")
+
+    results, rows = (state["results"], state["rows"]) if state else ([], [])
+    current = {"state": state and state.get("training")}
+
+    def save(training=None):
+        agf.save(out / "checkpoint.pt", results=results, rows=rows, training=training)
+        write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: stop_asked.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    from tqdm import tqdm
+    for seed in range(args.seed + len(results), args.seed + args.seeds):
+        with tqdm(desc=f"seed {seed}", unit="step", disable=None, leave=False) as bar:
+            model, result = train(seed, config, setting, args.protocol, (train_split, test_split), device,
+                                  args.compile, current.pop("state", None), save, rows.append, bar)
+        if not results:              # model.pt is the first seed's: taking the best would be cheating
+            agf.save(out / "model.pt", model=model.state_dict(), config=agf.asdict(config), **data)
+        results.append(result)
+        save()
+        print(f"seed {seed}: test accuracy {100 * result['test_accuracy']:.2f} % "
+              f"({100 * result['test_accuracy_mixers_off']:.2f} with the mixers off), "
+              f"{result['epochs']} epochs, {result['train_seconds']:.1f} s")
+
+    column = lambda key: [r[key] for r in results]
+    score = torch.tensor(column("test_accuracy"), dtype=torch.float64)
+    deviation = score.std().item() if len(score) > 1 else None
+    summary = dict(
+        dataset=args.dataset, mixer=args.mixer, preset=args.preset, protocol=args.protocol,
+        seeds=column("seed"), epochs=results[0]["epochs"], test_accuracy=score.tolist(),
+        test_accuracy_mean=score.mean().item(), test_accuracy_std=deviation,
+        test_accuracy_mixers_off=column("test_accuracy_mixers_off"),
+        train_seconds=column("train_seconds"), parameters=parameters, device=f"{device} ({reason})",
+        versions=versions(), command=json.loads((out / "config.json").read_text())["command"],
+        date=time.strftime("%Y-%m-%d"))
+    if args.protocol == "paper":
+        summary["best_test_accuracy"] = column("best_test_accuracy")
+        summary["best_test_accuracy_label"] = "best epoch chosen on the TEST split: optimistic, not comparable"
+        best = torch.tensor(column("best_test_accuracy")).mean()
+        print(f"best epoch on the test split: {100 * best:.2f} % (optimistic: the test split chose it)")
+    model = load_model(out)[0].to(device)
+    pictures(out, rows, model, test_split, device, summary)
+    write(out / "result.json", json.dumps(summary, indent=2) + "\n")
+    (out / "checkpoint.pt").unlink()
+    spread = f" +- {100 * deviation:.2f} (standard deviation, n = {len(score)})" if deviation is not None else ""
+    print(f"test accuracy {100 * score.mean():.2f} %{spread}; {time.perf_counter() - begin:.0f} s in all; see {out}")
+
+
+def pick_device(name):
+    try:
+        device, reason = agf.choose_device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return device, reason
+
+
+def command_line():
+    return shlex.join(["python", *sys.argv])
+
+
+def versions():
+    import aeon
+    import numpy
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
+                aeon=aeon.__version__)
+
+
+def write(path, text):
+    part = Path(f"{path}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def prepare(out, config):
+    """A new run folder with its config.json, or a plain refusal."""
+    try:
+        if (out / "config.json").exists():
+            raise UserError(f"{out} already holds a run: choose another --out, or --resume {out}")
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out}: {error.strerror}") from None
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+def pictures(out, rows, model, test_split, device, summary):
+    """curves.png, and filters.png: p(s) of each layer over the singular values of real test data."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for seed in summary["seeds"]:
+        mine = [r for r in rows if r["seed"] == seed]
+        epochs = [r["epoch"] for r in mine]
+        left.plot(epochs, [r["loss"] for r in mine], color="#0072B2", alpha=0.7)
+        right.plot(epochs, [r["ortho"] for r in mine], color="#D55E00", alpha=0.7)
+    left.set(xlabel="epoch", ylabel="train cross-entropy (nats)", yscale="log")
+    right.set(xlabel="epoch", ylabel="orthogonality loss")
+    fig.suptitle(f"{summary['dataset']}, {summary['mixer']}: test accuracy "
+                 f"{100 * summary['test_accuracy_mean']:.1f} %, {len(summary['seeds'])} seed(s)")
+    save_figure(fig, out / "curves.png")
+
+    filters = [block.mixer for block in model.blocks if hasattr(block.mixer, "filter")]
+    if not filters:
+        return
+    seen, hooks = [], []
+    for mixer in filters:
+        hooks.append(mixer.register_forward_pre_hook(
+            lambda m, inputs: seen.append(m.factors(*inputs)[1].mT[inputs[1][:, None, None].expand(
+                -1, m.heads, m.dim // m.heads, -1)].flatten())))
+    agf.evaluate(model, list(batches(test_split, 64, device))[:1])
+    for hook in hooks:
+        hook.remove()
+    fig, axes = plt.subplots(1, len(filters), figsize=(4.5 * len(filters), 3.2), layout="constrained",
+                             squeeze=False, sharey=True)
+    grid = torch.linspace(0, 1, 201, device=device)
+    for i, (ax, mixer, s) in enumerate(zip(axes[0], filters, seen)):
+        ax.axhline(0, color="0.8", lw=0.8)
+        ax.plot(grid.cpu(), mixer.filter(grid).detach().cpu(), color="black", label="p(s), learned")
+        bins = ax.twinx()
+        bins.hist(s.cpu().numpy(), bins=60, range=(0, 1), color="#56B4E9", alpha=0.5)
+        bins.set_yticks([])
+        ax.set(title=f"layer {i + 1}", xlabel="singular value s")
+        ax.set_zorder(bins.get_zorder() + 1)
+        ax.patch.set_visible(False)
+    axes[0][0].set_ylabel("filter response p(s)")
+    axes[0][0].legend(loc="best", title="blue: s on test data", frameon=False)
+    save_figure(fig, out / "filters.png")
+
+
+def save_figure(fig, path):
+    import matplotlib.pyplot as plt
+    fig.savefig(f"{path}.part", format="png", dpi=120)
+    os.replace(f"{path}.part", path)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------ predict, list, main
+
+def load_model(run):
+    """RUN (folder or model.pt) -> (model in eval mode, dict with dataset, classes, mean, std)."""
+    path = Path(run) / "model.pt" if Path(run).is_dir() else Path(run)
+    parts = agf.load(path)
+    try:
+        model = agf.AGFTransformer(agf.AGFConfig(**parts.pop("config")))
+        model.load_state_dict(parts.pop("model"))
+        return model.eval(), {k: parts[k] for k in ("dataset", "classes", "mean", "std")}
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise UserError(f"{path}: not a checkpoint of train_uea.py") from None
+
+
+def predict(args):
+    if not args.checkpoint:
+        raise UserError("--predict needs --checkpoint RUN, the folder of a finished run")
+    model, data = load_model(args.checkpoint)
+    if args.dataset and args.dataset != data["dataset"]:
+        raise UserError(f"{args.checkpoint} was trained on {data['dataset']}, not on {args.dataset}")
+    series, _, _ = read(args.predict, need_labels=False)
+    for i, one in enumerate(series):
+        if one.shape[1] != len(data["mean"]):
+            raise UserError(f"{args.predict}: series {i + 1} has {one.shape[1]} channels, but the checkpoint "
+                            f"was trained on {data['dataset']} with {len(data['mean'])}")
+    device, _ = pick_device(args.device)
+    length = model.config.length
+    if cut := sum(len(one) > length for one in series):
+        print(f"{cut} series are longer than the model takes: cut to {length} steps", file=sys.stderr)
+    x, keep = pad(series, length, torch.tensor(data["mean"]), torch.tensor(data["std"]))
+    share = F.softmax(agf.evaluate(model.to(device), batches((x, keep, None), 128, device)), dim=1)
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["series", "label", *(f"p({name})" for name in data["classes"])])
+    for i, row in enumerate(share.tolist()):
+        table.writerow([i + 1, data["classes"][max(range(len(row)), key=row.__getitem__)],
+                        *(f"{p:.6f}" for p in row)])
+
+
+def list_sets(data_dir):
+    have = {f.name.removesuffix("_TRAIN.ts"): f"in {data_dir}" for pattern in ("*_TRAIN.ts", "*/*_TRAIN.ts")
+            for f in Path(data_dir).glob(pattern)}
+    for f in aeon_folder().glob("*/*_TRAIN.ts"):
+        name = f.name.removesuffix("_TRAIN.ts")
+        if name == f.parent.name and f.with_name(f"{name}_TEST.ts").exists() and "Covid" not in name:
+            have.setdefault(name, "shipped with aeon")
+    print("Usable now, without a download:")
+    print("\n".join(f"  {name:28s} {where}" for name, where in sorted(have.items())))
+    print("The ten of the paper (--preset paper knows their published settings):")
+    print("\n".join(f"  {name:28s} {have.get(name, 'is downloaded at first use')}" for name in PAPER_SETS))
+
+
+def resumed(args, parser):
+    """The options of the interrupted run, from its config.json."""
+    given = {k for k, v in vars(args).items() if v != parser.get_default(k)} - {"resume", "device", "data_dir"}
+    path = Path(args.resume) / "config.json"
+    try:
+        saved = json.loads(path.read_text())["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--resume {args.resume}: not a run folder, {path} cannot be read") from None
+    for name in given:
+        if vars(args)[name] != saved.get(name):
+            raise UserError(f"--resume keeps the settings of the run: --{name.replace('_', '-')} was "
+                            f"{saved.get(name)}; leave it out, or start a new run")
+    new = dict(saved, resume=args.resume, out=args.resume)
+    new |= {k: getattr(args, k) for k in ("device", "data_dir") if getattr(args, k) != parser.get_default(k)}
+    return argparse.Namespace(**new)
+
+
+def main(argv=None):
+    try:
+        args, parser = options(argv)
+        if args.list:
+            return list_sets(args.data_dir)
+        if args.predict:
+            return predict(args)
+        if args.resume:
+            args = resumed(args, parser)
+            if (result := Path(args.resume) / "result.json").exists():
+                mean = json.loads(result.read_text())["test_accuracy_mean"]
+                return print(f"{args.resume} is finished: test accuracy {100 * mean:.2f} %, see {result}")
+        if not args.dataset:
+            raise UserError("which data set? Try --dataset JapaneseVowels, or --list")
+        run(args)
+    except (UserError, ValueError) as error:
+        print(f"train_uea.py: error: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print(f"stopped; the state is saved, go on with: python train_uea.py --resume "
+              f"{args.out or 'RUN'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
