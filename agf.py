@@ -46,9 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------
-# 1. The basis and the filter
-# ---------------------------------------------------------------------------------------------
+# 1. The basis and the filter ---------------------------------------------------------------------
 
 BASES = ("jacobi", "legendre", "chebyshev", "monomial")
 
@@ -84,10 +82,14 @@ def jacobi(x, order, a, b):
     They are orthogonal on [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1) and some
     published settings have b <= -1: the recurrence still holds, the orthogonality does not.
     """
-    T = [torch.ones_like(x)]
-    for A, B, C in recurrence(order, a, b):
+    return torch.stack(three_terms(x, recurrence(order, a, b)))
+
+
+def three_terms(x, rows):
+    T = [torch.ones_like(x)]                                 # T_0
+    for A, B, C in rows:
         T.append((A * x + B) * T[-1] - (C * T[-2] if C else 0))
-    return torch.stack(T)
+    return T
 
 
 class JacobiFilter(nn.Module):
@@ -102,32 +104,64 @@ class JacobiFilter(nn.Module):
         super().__init__()
         if basis not in BASES:
             raise ValueError(f"unknown basis {basis!r}; choose one of {', '.join(BASES)}")
-        a, b = {"legendre": (0.0, 0.0), "chebyshev": (-0.5, -0.5)}.get(basis, (a, b))
-        self.recurrence = recurrence(order, a, b)
-        if basis == "monomial":
-            self.recurrence = [(1.0, 0.0, 0.0)] * order
+        a, b = {"legendre": (0.0, 0.0), "chebyshev": (-0.5, -0.5), "monomial": (0.0, 0.0)}.get(basis, (a, b))
         self.order, self.basis, self.a, self.b, self.identity = order, basis, a, b, identity
+        rows = recurrence(order, a, b)
+        if basis == "monomial":
+            rows = [(1.0, 0.0, 0.0)] * order                 # T_k = s T_{k-1}
         self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; see coefficients()
+        # The same T_k in powers of y = 2s - 1: row k of M holds its coefficients, from the recurrence
+        # with s = (y + 1) / 2. y lies in (-1, 1), so the powers stay small: float32 is enough.
+        M = torch.zeros(order + 1, order + 1, dtype=torch.float64)
+        M[0, 0] = 1
+        for k, (A, B, C) in enumerate(rows, start=1):
+            M[k] = (A / 2 + B) * M[k - 1] + A / 2 * M[k - 1].roll(1) - (C * M[k - 2] if C else 0)
+        self.rows, self.powers = rows, M.tolist()
 
     def coefficients(self):
         """The effective theta, shape (order+1,): tanh keeps each in (-1, 1), signs are free."""
-        theta = torch.tanh(self.theta)
-        if self.identity:
-            theta = torch.cat([torch.ones_like(theta[:1]), theta[1:]])
-        return theta
+        theta = torch.tanh(at_least_float32(self.theta))
+        return torch.cat([torch.ones_like(theta[:1]), theta[1:]]) if self.identity else theta
+
+    def plain(self, s):
+        """The definition, word for word: build T_0..T_K, weight, sum. forward() gives the same."""
+        T = torch.stack(three_terms(s, self.rows))           # (K+1, *s.shape)
+        return torch.tensordot(self.coefficients().to(s.dtype), T, 1)
 
     def forward(self, s):
-        # Clenshaw: from the highest degree down, b_k = theta_k + (A_{k+1} s + B_{k+1}) b_{k+1}
-        # - C_{k+2} b_{k+2}, and p = b_0. The same polynomial without storing T_0..T_K.
-        s, theta = at_least_float32(s), at_least_float32(self.coefficients())
-        after, last = None, theta[-1] * torch.ones_like(s)   # b_{k+2}, b_{k+1}
-        for k in range(self.order - 1, -1, -1):
-            A, B, _ = self.recurrence[k]
-            new = theta[k] + (A * s + B) * last
-            if after is not None and (C := self.recurrence[k + 1][2]):
-                new = new - C * after
-            after, last = last, new
-        return last
+        s, theta = at_least_float32(s), self.coefficients()
+        if not 1 <= self.order <= 12:                        # beyond, powers cancel too much
+            return self.plain(s) if self.order else theta[0].expand_as(s)
+        c = (theta[:, None] * torch.tensor(self.powers, dtype=s.dtype, device=s.device)).sum(0)
+        return Polynomial.apply(2 * s - 1, c)                # sum_k theta_k T_k(s) = sum_j c_j y^j
+
+
+class Polynomial(torch.autograd.Function):
+    """p(y) = sum_j c_j y^j, elementwise. Plain autograd would store K tensors of y's size; this one
+    stores y, and gets p'(y) and the sums over y^j, which are the gradient for c, when asked."""
+
+    @staticmethod
+    def forward(ctx, y, c):
+        ctx.save_for_backward(y, c)
+        return horner(y, c)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, c = ctx.saved_tensors
+        power, sums = grad.flatten(), [grad.sum()]           # grad * y^j and its sum, j = 0
+        for j in range(1, len(c)):
+            sums.append(torch.dot(power, y.flatten()))
+            power = power * y.flatten() if j + 1 < len(c) else power
+        slope = c[1:] * torch.arange(1, len(c), device=c.device)
+        return grad * horner(y, slope), torch.stack(sums)
+
+
+def horner(y, c):
+    """c_0 + y (c_1 + y (c_2 + ...)): one multiply-add over the tensor for each degree."""
+    p = c[-1]
+    for j in range(len(c) - 2, -1, -1):
+        p = torch.addcmul(c[j], p, y)
+    return p
 
 
 def at_least_float32(x):
@@ -135,9 +169,7 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The orthogonality loss
-# ---------------------------------------------------------------------------------------------
+# 2. The orthogonality loss -----------------------------------------------------------------------
 
 def orthogonality_loss(U, V, keep=None):
     """How far U and V are from orthonormal columns: (B, h, n, d) twice -> (B,), one value a sample.
@@ -148,18 +180,22 @@ def orthogonality_loss(U, V, keep=None):
     U^T U grows with n, so the same gamma weighs more on longer sequences.
     """
     with torch.autocast(U.device.type, enabled=False):       # in float32 also under autocast
-        U, V = at_least_float32(U), at_least_float32(V)
         if keep is not None:
             hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
             U, V = U.masked_fill(hide, 0), V.masked_fill(hide, 0)
-        eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
-        gram = (U.mT @ U - eye).abs() + (V.mT @ V - eye).abs()   # (B, h, d, d)
-        return gram.mean(dim=(1, 2, 3))
+        U, V = split_heads(at_least_float32(U)), split_heads(at_least_float32(V))
+        eye = torch.eye(U[0].shape[-1], dtype=U[0].dtype, device=U[0].device)
+        gap = sum((u.mT @ u - eye).abs() + (v.mT @ v - eye).abs() for u, v in zip(U, V))
+        return gap.mean(dim=(1, 2)) / len(U)                 # (B, d, d) -> (B,)
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. The mixers: forward(x, keep=None) -> (out, ortho), (B, n, D) -> (B, n, D), (B,)
-# ---------------------------------------------------------------------------------------------
+def split_heads(x):
+    """(B, h, n, d) -> h views (B, n, d). In memory a token's heads lie side by side. A product of such
+    a view is one batched call; a product of the four-dimensional tensor would copy it first."""
+    return x.transpose(1, 2).unbind(2)
+
+
+# 3. The mixers: forward(x, keep=None) -> (out, ortho), (B, n, D) -> (B, n, D), (B,) --------------
 
 def check_heads(dim, heads):
     if heads < 1 or dim < 1 or dim % heads:
@@ -186,28 +222,25 @@ class AGFAttention(nn.Module):
         """x (B, n, D) -> U, s, V, value, each (B, h, n, d)."""
         B, n, D = x.shape
         proj = self.in_proj(hide_padding(x, keep))           # (B, n, 4D)
-        proj = proj.view(B, n, 4, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        U, s, V, value = proj.unbind(0)                      # each (B, h, n, d)
-        U = at_least_float32(U).softmax(-1)                  # over features: rows sum to 1
+        U, s, V, value = proj.view(B, n, 4, self.heads, D // self.heads).unbind(2)  # (B, n, h, d)
+        U = at_least_float32(U).softmax(-1)                  # over features: rows of U sum to 1
         s = at_least_float32(s).sigmoid()                    # in (0, 1)
         V = at_least_float32(V)
-        if keep is None:
-            V = V.softmax(-2)                                # over tokens: columns sum to 1
-        else:
-            hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
-            # The lowest number, not -inf: a fully padded row must not become 0/0.
-            V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(-2).masked_fill(hide, 0)
-        return U, s, V, value
+        if keep is not None:     # the lowest number, not -inf: a fully padded row must not be 0/0
+            V = V.masked_fill(~keep[:, :, None, None], torch.finfo(V.dtype).min)
+        V = V.softmax(1)                                     # over tokens: columns of V sum to 1
+        return (part.transpose(1, 2) for part in (U, s, V, value))          # each (B, h, n, d)
 
     def forward(self, x, keep=None):
         U, s, V, value = self.factors(x, keep)
-        signal = V.mT @ value.to(V.dtype)                    # (B, h, d, d), sums over the tokens
-        out = (U * self.filter(s)).to(signal.dtype) @ signal                # (B, h, n, d)
-        out = self.out_proj(out.transpose(1, 2).reshape(x.shape))           # (B, n, D)
+        heads = zip(split_heads((U * self.filter(s)).to(value.dtype)),      # h times (B, n, d)
+                    split_heads(V.to(value.dtype)), split_heads(value))
+        out = [Up @ (v.mT @ w) for Up, v, w in heads]        # V^T value first: (B, d, d), no n x n
+        out = self.out_proj(torch.cat(out, -1))              # (B, n, D)
         return hide_padding(out, keep), orthogonality_loss(U, V, keep)
 
     def matrix(self, x, keep=None):
-        """The n x n attention matrix that forward() never builds: U p(s) V^T, (B, h, n, n)."""
+        """The attention matrix that forward() never builds: U p(s) V^T, (B, h, n, n)."""
         U, s, V, _ = self.factors(x, keep)
         return (U * self.filter(s)) @ V.mT
 
@@ -262,9 +295,7 @@ MIXERS = {
     "none": NoMixer,
 }
 
-# ---------------------------------------------------------------------------------------------
-# 4. The compact Transformer
-# ---------------------------------------------------------------------------------------------
+# 4. The compact Transformer ----------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class AGFConfig:
@@ -418,9 +449,7 @@ def check_config(config):
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
 
-# ---------------------------------------------------------------------------------------------
-# 5. Diagnostics of oversmoothing: tokens (B, n, D), keep (B, n) -> one number a sample, (B,)
-# ---------------------------------------------------------------------------------------------
+# 5. Diagnostics of oversmoothing: tokens (B, n, D), keep (B, n) -> one number a sample, (B,) -----
 
 def token_cosine(x, keep=None):
     """Mean cosine between two different tokens, mean_{i != j} cos(x_i, x_j). 1 = all point one way."""
@@ -447,9 +476,7 @@ def effective_rank(x, keep=None):
     return torch.special.entr(share).sum(-1).exp()
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. A small trainer
-# ---------------------------------------------------------------------------------------------
+# 6. A small trainer ------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that the user can mend. The scripts print it in one line and exit with status 2."""
