@@ -1,10 +1,10 @@
 """AGF, the Attentive Graph Filter, in one file: torch and the standard library only.
 
-Self-attention multiplies the value signal by a softmax matrix A. Seen from graph signal processing,
-A is the weighted adjacency matrix of a directed graph on the tokens, and attention is a graph filter
-of order one with a fixed coefficient. Such a filter is low-pass: it blurs the tokens together.
+Self-attention multiplies the value signal by a softmax matrix A. In graph signal processing A is
+the weighted adjacency matrix of a directed graph on the tokens, and attention is a graph filter of
+order one with a fixed coefficient. Such a filter is low-pass: it blurs the tokens together.
 AGF learns a better filter and never forms A. It learns the three factors of a singular value
-decomposition directly, puts a learned polynomial on the singular values, and multiplies from the
+decomposition directly, puts a learned polynomial p on the singular values, and multiplies from the
 right, so that the cost is linear in the number of tokens:
 
     AGF(X) = (U * p(s)) (V^T X_val),     p(s) = sum_k theta_k T_k(s)
@@ -12,7 +12,7 @@ right, so that the cost is linear in the number of tokens:
 Source: Wi, Choi, Park, "Learning Advanced Self-Attention for Linear Transformers in the Singular
 Value Domain", IJCAI 2025, doi 10.24963/ijcai.2025/730 ("the paper" below).
 
-Glossary (paper's symbol -> ours)
+Glossary
     B            batch size
     n            number of tokens in a sequence
     D   dim      width of a token
@@ -21,21 +21,18 @@ Glossary (paper's symbol -> ours)
     U            left factor, softmax over the d features of a token          (B, h, n, d)
     V            right factor, softmax over the n tokens of a feature         (B, h, n, d)
     s   Sigma    singular values, a sigmoid: each token has d of its own      (B, h, n, d)
-    value        the signal that is filtered, X W_val                         (B, h, n, d)
+    value        the signal that is filtered, X_val = X W_val                 (B, h, n, d)
     K   order    degree of the polynomial p
-    T_k          its basis, Jacobi polynomials P_k^{(a,b)} by default
-    a, b         the two parameters of the Jacobi basis
-    theta_k      its coefficients, learned, one set for a layer
+    T_k          its basis: Jacobi polynomials P_k^{(a,b)}, unless another is chosen
+    theta_k      its coefficients, learned, one set for each layer
     gamma        weight of the orthogonality loss in the total loss
     keep         boolean mask, True = a real token, False = padding           (B, n)
 
-Differs from the paper's text: nothing in the equations. Where the text is silent (tanh on theta,
-theta_0 = 1, sigmoid and softmax placement) we follow the official code.
-Differs from the official code
-    - Padding is masked everywhere: adding padded tokens never changes a result.
-    - U and V start with larger logits (`AGFAttention.reset_parameters` says why).
-    - One filter code for all bases (Clenshaw), equal to the printed recurrence; a test proves it.
-Does not include: causal masks, key-value caches, encoder-decoder attention, 2-D positions.
+Differs from the paper: in no equation. Where the paper is silent we follow the official code (tanh
+on theta, theta_0 = 1, scale of the orthogonality loss).
+Differs from the official code: padding is masked everywhere, so adding padded tokens changes no
+result. The polynomial is evaluated by Horner's rule; `JacobiFilter.plain` is the printed form.
+Does not include: causal masks, key-value caches, encoder-decoder attention.
 """
 
 import math
@@ -46,99 +43,102 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# 1. The basis and the filter ---------------------------------------------------------------------
+# 1. The basis and the filter ----------------------------------------------------------------
 
 BASES = ("jacobi", "legendre", "chebyshev", "monomial")
 
 
 def recurrence(order, a, b):
-    """Coefficients of the Jacobi recurrence, one triple for each degree k = 1..order:
+    """The Jacobi recurrence as rows (A_k, B_k, C_k), k = 1..order:
 
         T_0 = 1,    T_k(x) = (A_k x + B_k) T_{k-1}(x) - C_k T_{k-2}(x)
 
-    The paper prints it for k >= 2 with c = 2k+a+b, before the division:
+    As printed, with c = 2k+a+b, before the division by the factor on the left:
     2k(k+a+b)(c-2) P_k = (c-1)(c(c-2) x + a^2 - b^2) P_{k-1} - 2(k+a-1)(k+b-1) c P_{k-2}.
-    Raises ValueError where it is undefined (a division by zero) or order < 0.
+    ValueError where that factor is 0, and for order < 0.
     """
-    if int(order) != order or order < 0:
+    if order != int(order) or order < 0:
         raise ValueError(f"order must be a whole number >= 0, got {order}")
     if not (math.isfinite(a) and math.isfinite(b)):
         raise ValueError(f"a and b must be finite, got a={a}, b={b}")
-    rows = [((a + b + 2) / 2, (a - b) / 2, 0.0)] if order >= 1 else []
-    for k in range(2, int(order) + 1):
+    rows = [((a + b + 2) / 2, (a - b) / 2, 0.0)][:order]
+    for k in range(2, order + 1):
         c = 2 * k + a + b
         if abs(k + a + b) < 1e-9 or abs(c - 2) < 1e-9:
-            raise ValueError(f"the Jacobi recurrence is undefined for a={a}, b={b} at k={k} "
-                             f"(k+a+b = {k + a + b:g}, 2k+a+b-2 = {c - 2:g}); choose another a or b")
-        divisor = 2 * k * (k + a + b) * (c - 2)
-        rows.append(((c - 1) * c * (c - 2) / divisor, (c - 1) * (a * a - b * b) / divisor,
-                     2 * (k + a - 1) * (k + b - 1) * c / divisor))
+            raise ValueError(f"the Jacobi recurrence is undefined for a={a}, b={b}, k={k}: k+a+b = "
+                             f"{k + a + b:g}, 2k+a+b-2 = {c - 2:g}, neither may be 0")
+        left = 2 * k * (k + a + b) * (c - 2)
+        rows.append(((c - 1) * c * (c - 2) / left, (c - 1) * (a * a - b * b) / left,
+                     2 * (k + a - 1) * (k + b - 1) * c / left))
     return rows
 
 
-def jacobi(x, order, a, b):
-    """Jacobi polynomials P_0..P_order at x, stacked: x (any shape) -> (order+1, *x.shape).
-
-    They are orthogonal on [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1) and some
-    published settings have b <= -1: the recurrence still holds, the orthogonality does not.
-    """
-    return torch.stack(three_terms(x, recurrence(order, a, b)))
-
-
 def three_terms(x, rows):
-    T = [torch.ones_like(x)]                                 # T_0
+    """T_0..T_K at x from the rows of a recurrence: x (any shape) -> (K+1, *x.shape)."""
+    T = [torch.ones_like(x)]
     for A, B, C in rows:
         T.append((A * x + B) * T[-1] - (C * T[-2] if C else 0))
-    return T
+    return torch.stack(T)
+
+
+def jacobi(x, order, a, b):
+    """Jacobi polynomials P_0..P_order at x: x (any shape) -> (order+1, *x.shape).
+
+    They are orthogonal on [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1), and some
+    published settings have b <= -1: the recurrence still holds, the orthogonality does not.
+    """
+    return three_terms(x, recurrence(order, a, b))
 
 
 class JacobiFilter(nn.Module):
-    """The filter p(s) = sum_k theta_k T_k(s), elementwise: s (any shape) -> same shape.
+    """The filter p(s) = sum_k theta_k T_k(s), elementwise: s (any shape) -> the same shape.
 
-    basis: "jacobi" with parameters a, b; "legendre" is a = b = 0; "chebyshev" is a = b = -1/2, as in
-    the official code (proportional to the Chebyshev polynomials, not equal); "monomial" is s^k.
-    identity: theta_0 = 1 is constant, so the filter starts as p = 1. Without it p starts as 0.
+    basis: "jacobi" with parameters a, b; "legendre" is a = b = 0; "chebyshev" is a = b = -1/2 as in
+    the official code, so proportional to Chebyshev's polynomials, not equal; "monomial" is s^k.
+    identity: theta_0 = 1 is constant and the filter starts as p = 1. Otherwise it starts as 0.
     """
 
     def __init__(self, order=5, basis="jacobi", a=1.0, b=0.0, identity=True):
         super().__init__()
         if basis not in BASES:
             raise ValueError(f"unknown basis {basis!r}; choose one of {', '.join(BASES)}")
-        a, b = {"legendre": (0.0, 0.0), "chebyshev": (-0.5, -0.5), "monomial": (0.0, 0.0)}.get(basis, (a, b))
+        a, b = (a, b) if basis == "jacobi" else (-0.5, -0.5) if basis == "chebyshev" else (0.0, 0.0)
         self.order, self.basis, self.a, self.b, self.identity = order, basis, a, b, identity
-        rows = recurrence(order, a, b)
+        self.rows = recurrence(order, a, b)
         if basis == "monomial":
-            rows = [(1.0, 0.0, 0.0)] * order                 # T_k = s T_{k-1}
-        self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; see coefficients()
-        # The same T_k in powers of y = 2s - 1: row k of M holds its coefficients, from the recurrence
-        # with s = (y + 1) / 2. y lies in (-1, 1), so the powers stay small: float32 is enough.
+            self.rows = [(1.0, 0.0, 0.0)] * order            # T_k = s T_{k-1}
+        self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; coefficients() are the effective
+        # The same T_k in powers of y = 2s - 1: row k of M holds T_k's coefficients, by the recurrence
+        # with s = (y + 1) / 2. y lies in (-1, 1), where float32 is enough for its powers.
         M = torch.zeros(order + 1, order + 1, dtype=torch.float64)
         M[0, 0] = 1
-        for k, (A, B, C) in enumerate(rows, start=1):
+        for k, (A, B, C) in enumerate(self.rows, start=1):
             M[k] = (A / 2 + B) * M[k - 1] + A / 2 * M[k - 1].roll(1) - (C * M[k - 2] if C else 0)
-        self.rows, self.powers = rows, M.tolist()
+        self.powers = M.tolist()
 
     def coefficients(self):
-        """The effective theta, shape (order+1,): tanh keeps each in (-1, 1), signs are free."""
+        """Effective theta, shape (order+1,): tanh keeps each in (-1, 1), signs are free (Theorem 2)."""
         theta = torch.tanh(at_least_float32(self.theta))
         return torch.cat([torch.ones_like(theta[:1]), theta[1:]]) if self.identity else theta
 
     def plain(self, s):
-        """The definition, word for word: build T_0..T_K, weight, sum. forward() gives the same."""
-        T = torch.stack(three_terms(s, self.rows))           # (K+1, *s.shape)
-        return torch.tensordot(self.coefficients().to(s.dtype), T, 1)
+        """The definition, word for word: build T_0..T_K, weight, sum."""
+        return torch.tensordot(self.coefficients().to(s.dtype), three_terms(s, self.rows), 1)
 
     def forward(self, s):
+        """The same numbers as plain(), faster and in the memory of one tensor instead of K."""
         s, theta = at_least_float32(s), self.coefficients()
-        if not 1 <= self.order <= 12:                        # beyond, powers cancel too much
-            return self.plain(s) if self.order else theta[0].expand_as(s)
-        c = (theta[:, None] * torch.tensor(self.powers, dtype=s.dtype, device=s.device)).sum(0)
-        return Polynomial.apply(2 * s - 1, c)                # sum_k theta_k T_k(s) = sum_j c_j y^j
+        if self.order == 0:
+            return theta[0].expand_as(s)
+        if self.order > 12:                                  # large powers cancel too much
+            return self.plain(s)
+        M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)
+        return Polynomial.apply(2 * s - 1, (theta[:, None] * M).sum(0))
 
 
 class Polynomial(torch.autograd.Function):
-    """p(y) = sum_j c_j y^j, elementwise. Plain autograd would store K tensors of y's size; this one
-    stores y, and gets p'(y) and the sums over y^j, which are the gradient for c, when asked."""
+    """p(y) = sum_j c_j y^j, elementwise. Autograd alone would store K tensors like y; here y is
+    enough: the gradients are grad p'(y) for y and the sum of grad y^j for c_j."""
 
     @staticmethod
     def forward(ctx, y, c):
@@ -148,16 +148,16 @@ class Polynomial(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, c = ctx.saved_tensors
-        power, sums = grad.flatten(), [grad.sum()]           # grad * y^j and its sum, j = 0
+        power, sums = grad.flatten(), [grad.sum()]           # grad y^j and its sum, from j = 0
         for j in range(1, len(c)):
             sums.append(torch.dot(power, y.flatten()))
-            power = power * y.flatten() if j + 1 < len(c) else power
-        slope = c[1:] * torch.arange(1, len(c), device=c.device)
+            power = power * y.flatten() if j + 1 < len(c) else None
+        slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
         return grad * horner(y, slope), torch.stack(sums)
 
 
 def horner(y, c):
-    """c_0 + y (c_1 + y (c_2 + ...)): one multiply-add over the tensor for each degree."""
+    """c_0 + y (c_1 + y (c_2 + ...)): one multiply-add for each degree."""
     p = c[-1]
     for j in range(len(c) - 2, -1, -1):
         p = torch.addcmul(c[j], p, y)
@@ -169,7 +169,7 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-# 2. The orthogonality loss -----------------------------------------------------------------------
+# 2. The orthogonality loss ------------------------------------------------------------------
 
 def orthogonality_loss(U, V, keep=None):
     """How far U and V are from orthonormal columns: (B, h, n, d) twice -> (B,), one value a sample.
@@ -179,7 +179,7 @@ def orthogonality_loss(U, V, keep=None):
     Padded tokens (keep False) do not count. It cannot reach 0: entries of U and V are positive.
     U^T U grows with n, so the same gamma weighs more on longer sequences.
     """
-    with torch.autocast(U.device.type, enabled=False):       # in float32 also under autocast
+    with torch.autocast(U.device.type, enabled=False):       # float32, under autocast too
         if keep is not None:
             hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
             U, V = U.masked_fill(hide, 0), V.masked_fill(hide, 0)
@@ -190,30 +190,20 @@ def orthogonality_loss(U, V, keep=None):
 
 
 def split_heads(x):
-    """(B, h, n, d) -> h views (B, n, d). In memory a token's heads lie side by side. A product of such
-    a view is one batched call; a product of the four-dimensional tensor would copy it first."""
+    """(B, h, n, d) -> h views (B, n, d). The heads of a token lie side by side in memory: a product
+    of two views is one batched call, a product of the whole tensors would first copy them."""
     return x.transpose(1, 2).unbind(2)
 
 
-# 3. The mixers: forward(x, keep=None) -> (out, ortho), (B, n, D) -> (B, n, D), (B,) --------------
-
-def check_heads(dim, heads):
-    if heads < 1 or dim < 1 or dim % heads:
-        raise ValueError(f"heads must divide the width: dim={dim}, heads={heads}")
-
-
-def hide_padding(x, keep):
-    """Zeros at padded tokens, whatever stands there (NaN and inf too), in a new tensor."""
-    return x if keep is None else x.masked_fill(~keep[:, :, None], 0)
-
+# 3. The mixers: forward(x, keep=None) -> (out, ortho), that is (B, n, D) -> (B, n, D), (B,) -----
 
 class AGFAttention(nn.Module):
-    """The paper's mixer. `filter` replaces p by another elementwise module (the ablations)."""
+    """The paper's mixer. `filter`: any elementwise module instead of the Jacobi polynomial."""
 
-    def __init__(self, dim, heads, order=5, basis="jacobi", a=1.0, b=0.0, identity=True, filter=None):
+    def __init__(self, dim, heads, order=5, basis="jacobi", a=1.0, b=0.0, identity=True,
+                 filter=None):
         super().__init__()
-        check_heads(dim, heads)
-        self.dim, self.heads = dim, heads
+        self.heads = check_heads(dim, heads)
         self.in_proj = nn.Linear(dim, 4 * dim)               # rows: U, Sigma, V, value
         self.out_proj = nn.Linear(dim, dim)
         self.filter = filter or JacobiFilter(order, basis, a, b, identity)
@@ -222,25 +212,25 @@ class AGFAttention(nn.Module):
         """x (B, n, D) -> U, s, V, value, each (B, h, n, d)."""
         B, n, D = x.shape
         proj = self.in_proj(hide_padding(x, keep))           # (B, n, 4D)
-        U, s, V, value = proj.view(B, n, 4, self.heads, D // self.heads).unbind(2)  # (B, n, h, d)
+        U, s, V, value = proj.view(B, n, 4, self.heads, -1).unbind(2)       # each (B, n, h, d)
         U = at_least_float32(U).softmax(-1)                  # over features: rows of U sum to 1
         s = at_least_float32(s).sigmoid()                    # in (0, 1)
         V = at_least_float32(V)
         if keep is not None:     # the lowest number, not -inf: a fully padded row must not be 0/0
             V = V.masked_fill(~keep[:, :, None, None], torch.finfo(V.dtype).min)
         V = V.softmax(1)                                     # over tokens: columns of V sum to 1
-        return (part.transpose(1, 2) for part in (U, s, V, value))          # each (B, h, n, d)
+        return tuple(part.transpose(1, 2) for part in (U, s, V, value))     # each (B, h, n, d)
 
     def forward(self, x, keep=None):
         U, s, V, value = self.factors(x, keep)
-        heads = zip(split_heads((U * self.filter(s)).to(value.dtype)),      # h times (B, n, d)
-                    split_heads(V.to(value.dtype)), split_heads(value))
-        out = [Up @ (v.mT @ w) for Up, v, w in heads]        # V^T value first: (B, d, d), no n x n
-        out = self.out_proj(torch.cat(out, -1))              # (B, n, D)
-        return hide_padding(out, keep), orthogonality_loss(U, V, keep)
+        left = (U * self.filter(s)).to(value.dtype)          # U * p(s)
+        heads = zip(split_heads(left), split_heads(V.to(value.dtype)), split_heads(value))
+        out = torch.cat([l @ (v.mT @ w) for l, v, w in heads], -1)          # V^T value is d x d
+        out = hide_padding(self.out_proj(out), keep)         # (B, n, D)
+        return out, orthogonality_loss(U, V, keep)
 
     def matrix(self, x, keep=None):
-        """The attention matrix that forward() never builds: U p(s) V^T, (B, h, n, n)."""
+        """The attention matrix that forward() never builds: (U * p(s)) V^T, (B, h, n, n)."""
         U, s, V, _ = self.factors(x, keep)
         return (U * self.filter(s)) @ V.mT
 
@@ -250,23 +240,20 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        check_heads(dim, heads)
-        self.dim, self.heads = dim, heads
+        self.heads = check_heads(dim, heads)
         self.in_proj = nn.Linear(dim, 3 * dim)               # rows: query, key, value
         self.out_proj = nn.Linear(dim, dim)
 
     def factors(self, x, keep=None):
-        """x (B, n, D) -> query, key, value, each (B, h, n, d), and the mask (B, 1, 1, n) or None."""
+        """x (B, n, D) -> query, key, value, each (B, h, n, d), and a mask (B, 1, 1, n) or None."""
         B, n, D = x.shape
-        proj = self.in_proj(hide_padding(x, keep))           # (B, n, 3D)
-        query, key, value = proj.view(B, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        # A fully padded row attends to all of its zeros: a softmax over nothing is NaN.
+        proj = self.in_proj(hide_padding(x, keep)).view(B, n, 3, self.heads, -1)
+        # A fully padded row attends to its own zeros: a softmax over nothing would be NaN.
         mask = None if keep is None else (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
-        return query, key, value, mask
+        return *(part.transpose(1, 2) for part in proj.unbind(2)), mask
 
     def forward(self, x, keep=None):
-        query, key, value, mask = self.factors(x, keep)
-        out = F.scaled_dot_product_attention(query, key, value, mask)       # (B, h, n, d)
+        out = F.scaled_dot_product_attention(*self.factors(x, keep))        # (B, h, n, d)
         out = self.out_proj(out.transpose(1, 2).reshape(x.shape))           # (B, n, D)
         return hide_padding(out, keep), x.new_zeros(x.shape[0])
 
@@ -278,7 +265,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class NoMixer(nn.Module):
-    """The control: tokens never see each other. What is left when a task needs no attention?"""
+    """The control: tokens never see each other. It shows what a task asks of attention."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -289,81 +276,105 @@ class NoMixer(nn.Module):
 
 MIXERS = {
     "agf": AGFAttention,
-    "uv": lambda dim, heads: AGFAttention(dim, heads, order=0),                      # Sigma = 1
-    "usv": lambda dim, heads: AGFAttention(dim, heads, filter=nn.Identity()),        # p(s) = s
+    "uv": lambda dim, heads: AGFAttention(dim, heads, order=0),                 # Sigma = 1
+    "usv": lambda dim, heads: AGFAttention(dim, heads, filter=nn.Identity()),   # p(s) = s
     "softmax": SoftmaxAttention,
     "none": NoMixer,
 }
 
-# 4. The compact Transformer ----------------------------------------------------------------------
+
+def check_heads(dim, heads):
+    if dim < 1 or heads < 1 or dim % heads:
+        raise ValueError(f"heads must divide the width: dim={dim}, heads={heads}")
+    return heads
+
+
+def hide_padding(x, keep):
+    """0 at padded tokens, whatever stands there (NaN and inf too). The caller's x stays as it is."""
+    return x if keep is None else x.masked_fill(~keep[:, :, None], 0)
+
+
+# 4. The compact Transformer -----------------------------------------------------------------
 
 @dataclass(frozen=True)
 class AGFConfig:
-    """Everything that fixes the shape of an AGFTransformer."""
-    classes: int                  # number of classes
-    length: int                   # longest input, in time steps or token ids
-    channels: int = 1             # continuous series: x is (B, length, channels), float
-    vocab: int = 0                # > 0: token ids instead, x is (B, length), integer
-    dim: int = 128                # width D of a token
-    depth: int = 2                # number of blocks
+    """All that fixes the shape of an AGFTransformer. ValueError for what cannot work."""
+    classes: int
+    length: int               # longest input, in time steps or token ids
+    channels: int = 1         # continuous series: x is (B, n, channels), float
+    vocab: int = 0            # > 0: token ids instead, x is (B, n), integer
+    dim: int = 128            # width of a token
+    depth: int = 2            # number of blocks
     heads: int = 4
-    hidden: int = 256             # width inside the feed-forward part of a block
+    hidden: int = 256         # width inside the feed-forward part of a block
     dropout: float = 0.1
-    norm: str = "pre"             # "pre" or "post" (the paper's UEA setting) LayerNorm
-    pool: str = "mean"            # "mean", "flatten" (all tokens side by side) or "first" token
-    head: int = 0                 # > 0: a hidden ReLU layer of this width in the classifier
-    kernel: int = 1               # > 1: the embedding sees this many neighbouring time steps
-    stride: int = 1               # > 1: one token for this many time steps
-    scale: bool = False           # multiply the embedding by sqrt(dim), as in the official UEA code
-    mixer: str = "agf"            # a name in MIXERS
-    order: int = 5                # the filter, for mixer="agf" only
+    norm: str = "pre"         # LayerNorm "pre" (before) or "post" (after) mixer and feed-forward
+    pool: str = "mean"        # "mean", "flatten" (all tokens side by side) or "first" token
+    head: int = 0             # > 0: a hidden ReLU layer of this width in the classifier
+    kernel: int = 1           # > 1: a token is embedded from this many neighbouring time steps
+    stride: int = 1           # > 1: one token for this many time steps
+    scale: bool = False       # multiply the embedding by sqrt(dim), as the official UEA code does
+    zero_init: bool = False   # mixers with an out_proj start at zero output
+    mixer: str = "agf"        # a name in MIXERS
+    order: int = 5            # order, basis, a, b, identity: see JacobiFilter; for "agf" only
     basis: str = "jacobi"
     a: float = 1.0
     b: float = 0.0
     identity: bool = True
 
+    def __post_init__(self):
+        check_heads(self.dim, self.heads)
+        for name, known in dict(norm=("pre", "post"), pool=("mean", "flatten", "first"),
+                                mixer=MIXERS).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of {', '.join(known)}")
+        for name in ("classes", "length", "channels", "depth", "hidden", "kernel", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, to have a middle, got {self.kernel}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
     @property
     def tokens(self):
-        """Number of tokens of a series of full length."""
+        """Number of tokens of an input of full length."""
         return -(-self.length // self.stride)
 
 
 class Block(nn.Module):
-    """Mixer, then feed-forward, each with a residual path and a LayerNorm before or after it."""
+    """Mixer, then feed-forward, each on a residual path with a LayerNorm before or after."""
 
     def __init__(self, config, mixer):
         super().__init__()
-        D = config.dim
-        self.mixer, self.pre = mixer, config.norm == "pre"
+        D, self.pre, self.mixer = config.dim, config.norm == "pre", mixer
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.hidden), nn.GELU(), nn.Dropout(config.dropout),
                                  nn.Linear(config.hidden, D))
         self.drop = nn.Dropout(config.dropout)
+        if config.zero_init and hasattr(mixer, "out_proj"):
+            nn.init.zeros_(mixer.out_proj.weight)
+            nn.init.zeros_(mixer.out_proj.bias)
 
     def forward(self, x, keep=None):
+        out, ortho = self.mixer(self.norm1(x) if self.pre else x, keep)
+        x = x + self.drop(out)
         if self.pre:
-            out, ortho = self.mixer(self.norm1(x), keep)
-            x = x + self.drop(out)
-            x = x + self.drop(self.mlp(self.norm2(x)))
-        else:
-            out, ortho = self.mixer(x, keep)
-            x = self.norm1(x + self.drop(out))
-            x = self.norm2(x + self.drop(self.mlp(x)))
-        return x, ortho
+            return x + self.drop(self.mlp(self.norm2(x))), ortho
+        x = self.norm1(x)
+        return self.norm2(x + self.drop(self.mlp(x))), ortho
 
 
 class AGFTransformer(nn.Module):
     """A classifier of sequences: forward(x, keep=None) -> (logits (B, classes), ortho (B,)).
 
     x: (B, n, channels) series or (B, n) token ids, n <= config.length. keep: (B, n), True = real.
-    mixer: your own class instead of config.mixer, called as mixer(dim, heads) once for each block.
-    ortho is the orthogonality loss, mean over the blocks; the total loss is
-    cross-entropy + gamma * ortho.mean().
+    ortho is the orthogonality loss, mean over the blocks. Train on cross-entropy + gamma * ortho.
+    mixer: your own class instead of config.mixer, called as mixer(dim, heads) for each block.
     """
 
     def __init__(self, config, mixer=None):
         super().__init__()
-        check_config(config)
         self.config, D = config, config.dim
         if mixer is None and config.mixer == "agf":
             mixer = lambda dim, heads: AGFAttention(dim, heads, config.order, config.basis,
@@ -372,43 +383,35 @@ class AGFTransformer(nn.Module):
         if config.vocab:
             self.embed = nn.Embedding(config.vocab, D)
             nn.init.normal_(self.embed.weight, std=0.02)
-        elif config.kernel == config.stride == 1:
-            self.embed = nn.Linear(config.channels, D)
-        else:                     # one token for `stride` steps, from the `kernel` steps around it
+        else:                     # kernel = stride = 1 is a linear map of each time step
             self.embed = nn.Conv1d(config.channels, D, config.kernel, config.stride,
                                    padding=config.kernel // 2)
         self.position = nn.Parameter(0.02 * torch.randn(config.tokens, D))
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([Block(config, mixer(D, config.heads))
-                                     for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(Block(config, mixer(D, config.heads)) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
         width = D * config.tokens if config.pool == "flatten" else D
-        self.classifier = nn.Linear(width, config.classes)
-        if config.head:
-            self.classifier = nn.Sequential(nn.Linear(width, config.head), nn.ReLU(),
-                                            nn.Linear(config.head, config.classes))
+        self.classifier = nn.Linear(width, config.classes) if not config.head else nn.Sequential(
+            nn.Linear(width, config.head), nn.ReLU(), nn.Linear(config.head, config.classes))
 
     def tokens(self, x, keep=None):
-        """Input -> embedded tokens (B, n', D) and their keep mask, n' = ceil(n / stride)."""
+        """Input -> embedded tokens (B, n', D) and their mask, n' = ceil(n / stride)."""
         c = self.config
         if x.shape[1] > c.length:
-            raise ValueError(f"the input has {x.shape[1]} steps, this model takes at most {c.length}")
+            raise ValueError(f"the input has {x.shape[1]} steps, this model takes {c.length}")
         if c.vocab:
             x = self.embed(x if keep is None else x.masked_fill(~keep, 0))
-        elif isinstance(self.embed, nn.Linear):
-            x = self.embed(hide_padding(x, keep))
         else:
-            x = self.embed(hide_padding(x, keep).mT).mT      # (B, n, channels) -> (B, ~n/stride, D)
-            keep = None if keep is None else keep[:, :: c.stride]
-        if c.scale:
-            x = x * math.sqrt(c.dim)
-        return self.drop(x + self.position[: x.shape[1]]), keep
+            x = self.embed(hide_padding(x, keep).mT).mT      # (B, n, channels) -> (B, n', D)
+            keep = None if keep is None else keep[:, ::c.stride]
+        x = x * math.sqrt(c.dim) if c.scale else x
+        return self.drop(x + self.position[:x.shape[1]]), keep
 
     def hidden_states(self, x, keep=None):
-        """All layers: [embedding, after block 1, ..., after the last], each (B, n', D), the keep
-        mask of these tokens (B, n') or None, and the orthogonality loss (B,)."""
+        """Input -> [embedding, after block 1, ..., after the last], each (B, n', D), their mask
+        (B, n') or None, and ortho (B,)."""
         x, keep = self.tokens(x, keep)
-        states, ortho = [x], x.new_zeros(x.shape[0], dtype=torch.float32)
+        states, ortho = [x], 0
         for block in self.blocks:
             x, loss = block(x, keep)
             states.append(x)
@@ -417,73 +420,51 @@ class AGFTransformer(nn.Module):
 
     def forward(self, x, keep=None):
         states, keep, ortho = self.hidden_states(x, keep)
-        return self.classify(states[-1], keep), ortho
-
-    def classify(self, x, keep=None):
-        """Last hidden state (B, n', D) -> logits (B, classes). Padding has no say."""
-        x = hide_padding(self.norm(x), keep)
+        x = hide_padding(self.norm(states[-1]), keep)        # (B, n', D)
         if self.config.pool == "first":
             x = x[:, 0]                                      # (B, D)
         elif self.config.pool == "mean":
             real = x.shape[1] if keep is None else keep.sum(1, keepdim=True).clamp(min=1)
             x = x.sum(1) / real                              # (B, D)
-        else:
+        else:                     # GELU and dropout before the classifier, as the official code
             x = hide_padding(self.drop(F.gelu(x)), keep)
             x = F.pad(x, (0, 0, 0, self.config.tokens - x.shape[1])).flatten(1)     # (B, n' D)
-        return self.classifier(x)
+        return self.classifier(x), ortho
 
-
-def check_config(config):
-    """Plain words for what would otherwise fail deep inside torch."""
-    check_heads(config.dim, config.heads)
-    choices = {"norm": ("pre", "post"), "pool": ("mean", "flatten", "first"), "mixer": MIXERS}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"unknown {name} {getattr(config, name)!r}; "
-                             f"choose one of {', '.join(allowed)}")
-    for name in ("classes", "length", "channels", "dim", "depth", "hidden", "kernel", "stride"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.kernel % 2 == 0:
-        raise ValueError(f"kernel must be odd, so that a token has a middle, got {config.kernel}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
 
 # 5. Diagnostics of oversmoothing: tokens (B, n, D), keep (B, n) -> one number a sample, (B,) -----
 
 def token_cosine(x, keep=None):
-    """Mean cosine between two different tokens, mean_{i != j} cos(x_i, x_j). 1 = all point one way."""
+    """Mean over token pairs i != j of cos(x_i, x_j). 1 = all tokens point the same way."""
     z = F.normalize(hide_padding(x, keep), dim=-1)           # (B, n, D), unit rows
     n = x.shape[1] if keep is None else keep.sum(1)
-    pairs = z.sum(1).square().sum(-1) - z.square().sum((1, 2))
-    return pairs / (n * (n - 1) if keep is None else (n * (n - 1)).clamp(min=1))
+    return (z.sum(1).square().sum(-1) - z.square().sum((1, 2))) / (n * (n - 1))
 
 
 def high_frequency_ratio(x, keep=None):
-    """||HFC[x]|| / ||LFC[x]|| (Theorem 1): LFC = the mean token, repeated, HFC = the rest. 0 = smooth."""
+    """||HFC|| / ||LFC|| of Theorem 1. LFC: the mean token, repeated. HFC: the rest. 0 = smooth."""
     keep = torch.ones_like(x[..., 0], dtype=torch.bool) if keep is None else keep
-    n = keep.sum(1).clamp(min=1)[:, None, None]              # (B, 1, 1)
     x = hide_padding(x, keep)
-    low = hide_padding((x.sum(1, keepdim=True) / n).expand_as(x), keep)
+    mean = x.sum(1, keepdim=True) / keep.sum(1)[:, None, None]              # (B, 1, D)
+    low = hide_padding(mean.expand_as(x), keep)
     return (x - low).flatten(1).norm(dim=1) / low.flatten(1).norm(dim=1)
 
 
 def effective_rank(x, keep=None):
-    """exp(entropy) of the singular values of each token matrix, scaled to sum 1 (Roy and Vetterli,
-    2007). From 1 (rank one) to min(n, D). On the CPU in float64: small singular values matter."""
+    """exp(entropy) of the token matrix's singular values, scaled to sum 1 (Roy, Vetterli 2007), from
+    1 to min(n, D). On the CPU in float64, where small singular values are exact."""
     share = torch.linalg.svdvals(hide_padding(x, keep).detach().cpu().double())
-    share = share / share.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp()
+    return torch.special.entr(share / share.sum(-1, keepdim=True)).sum(-1).exp()
 
 
-# 6. A small trainer ------------------------------------------------------------------------------
+# 6. A small trainer -------------------------------------------------------------------------
 
 class UserError(Exception):
-    """A mistake that the user can mend. The scripts print it in one line and exit with status 2."""
+    """A mistake that the user can mend. The scripts print it as one line, exit status 2."""
 
 
 def choose_device(name="auto"):
-    """-> (torch.device, the reason in words). auto takes cuda before mps before cpu."""
+    """-> (torch.device, the reason in words). auto: cuda before mps before cpu."""
     if name != "auto":
         return torch.device(name), "as asked"
     if torch.cuda.is_available():
@@ -493,14 +474,14 @@ def choose_device(name="auto"):
     return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
 
 
-def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.0, smoothing=0.0,
-        amp=False, net=None, after_step=None):
-    """Train `model` from step `start` up to `steps`. A step is cross-entropy + gamma * ortho.
+def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.0, amp=False,
+        net=None, after_step=None):
+    """Train `model` from step `start` to `steps` on cross-entropy + gamma * ortho.
 
-    batch_at(step) -> (x, keep or None, y), fixed by the step alone, so that a resumed run sees the
-    same batches. rate(step) -> learning rate. clip: largest gradient norm. smoothing: of the labels.
-    amp: bfloat16 autocast. net: a compiled or distributed wrapper of the model.
-    after_step(done, loss, ortho) gets the number of finished steps and two scalar tensors.
+    batch_at(step) -> (x, keep or None, y): fixed by the step, so that a resumed run sees the same.
+    rate(step) -> learning rate. clip: largest gradient norm. amp: bfloat16 autocast.
+    net: a compiled or distributed wrapper of the model.
+    after_step(number of finished steps, loss, ortho): called with two scalar tensors.
     """
     net, device = net or model, next(model.parameters()).device
     model.train()
@@ -510,7 +491,7 @@ def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.
             group["lr"] = rate(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits, ortho = net(x, keep)
-        loss, ortho = F.cross_entropy(at_least_float32(logits), y, label_smoothing=smoothing), ortho.mean()
+        loss, ortho = F.cross_entropy(at_least_float32(logits), y), ortho.mean()
         (loss + gamma * ortho).backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -521,41 +502,40 @@ def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.
 
 @torch.no_grad()
 def evaluate(model, batches, amp=False):
-    """Logits of all batches of (x, keep or None), on the CPU: (N, classes). Leaves train mode as is."""
+    """Logits for all batches (x, keep or None), on the CPU: (N, classes). Train mode is kept."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        logits = torch.cat([at_least_float32(model(x, keep)[0]).cpu() for x, keep in batches])
+        logits = [at_least_float32(model(x, keep)[0]).cpu() for x, keep in batches]
     model.train(training)
-    return logits
+    return torch.cat(logits)
 
 
 def save(path, **parts):
-    """Write a checkpoint under a temporary name, then rename: a crash leaves the old file whole."""
-    part = f"{path}.{os.getpid()}.part"
-    torch.save(parts, part)
-    os.replace(part, path)
+    """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole."""
+    torch.save(parts, f"{path}.part")
+    os.replace(f"{path}.part", path)
 
 
 def load(path):
-    """Read a checkpoint. weights_only: a file from a stranger can hold numbers, not code."""
+    """Read a checkpoint. weights_only: a file from a stranger brings numbers, never code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:
+    except Exception as error:   # a damaged file fails in many ways
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
 
 def training_state(model, optimizer):
-    """What a resumed run needs to end at the same numbers, apart from the step."""
+    """What a resumed run needs to end at the same numbers, the step aside."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "config": asdict(model.config), "rng": torch.get_rng_state(), "rng_cuda": cuda}
 
 
 def restore(state, model, optimizer):
-    """The inverse of training_state."""
+    """Undo training_state: put everything back."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])

@@ -7,6 +7,7 @@ Protocol: a fixed number of epochs on the whole train split, one pass over the t
 """
 
 import argparse
+import copy
 import csv
 import difflib
 import json
@@ -21,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -30,17 +32,19 @@ from agf import UserError
 # The default: one compact recipe for every data set. What goes beyond the paper, and why:
 RECIPE = dict(
     basis="jacobi", order=5, a=1.0, b=0.0, identity=True, gamma=0.01,
-    dim=128, depth=2, heads=4, hidden=256, dropout=0.1, norm="pre", pool="mean", scale=False,
+    dim=128, depth=2, heads=4, hidden=256, dropout=0.0, norm="pre", pool="mean", scale=False,
     kernel=11,         # embed 11 neighbouring steps: one step of a sensor says little     (1 = off)
     max_tokens=64,     # stride = ceil(length / 64): long series in seconds, not hours     (0 = off)
+    zero_init=True,    # a mixer starts silent and is heard when it helps              (False = off)
     augment=0.3,       # warp time, scale channels, add noise: 120 series are few          (0 = off)
+    mixup=0.4,         # train on blends of two series and of their labels                 (0 = off)
     optimizer="adamw", lr=1e-3, schedule="cosine", clip=1.0, batch_size=16,
-    steps=1000, epochs=None,     # epochs = enough for 1000 steps, at least 10
+    steps=600, epochs=None,      # epochs: as many as 600 steps need, at least 10
 )
 # The published setting: shared by all sets, then one row for each set.
 PAPER = dict(
     dim=512, depth=2, heads=8, hidden=2048, dropout=0.1, norm="post", pool="flatten", scale=True,
-    kernel=1, max_tokens=0, augment=0.0, optimizer="radam", lr=1e-3, schedule="constant", clip=4.0,
+    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0, optimizer="radam", lr=1e-3, schedule="constant", clip=4.0,
     batch_size=16, steps=0, epochs=100,
 )
 PAPER_SETS = {   # basis, order, a, b, gamma, identity, and what else that set changes
@@ -88,6 +92,7 @@ def options(argv):
             ("epochs", int, "passes over the train split"), ("batch-size", int, "series in a step"),
             ("lr", float, "peak learning rate"), ("dropout", float, ""),
             ("augment", float, "strength of time warp, scaling and noise; 0 = none"),
+            ("mixup", float, "blend pairs of series by Beta(m, m); 0 = none"),
             ("gamma", float, "weight of the orthogonality loss")]:
         g.add_argument(f"--{name}", type=kind, help=text)
     g = p.add_argument_group("model (default: the chosen preset's)")
@@ -116,7 +121,7 @@ def resolve(args):
         setting = PAPER | dict(zip(("basis", "order", "a", "b", "gamma", "identity"), filter_setting))
         setting |= extra
     setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
-    for name, low in dict(epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, max_tokens=0).items():
+    for name, low in dict(epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, mixup=0, max_tokens=0).items():
         value = setting[name]
         if value is not None and not (low <= value < math.inf):
             raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
@@ -167,17 +172,15 @@ def find(name, data_dir):
 
 def read(path, need_labels=True):
     """One .ts file -> list of float32 arrays (time, channels), labels, class names, missing values."""
-    import numpy as np
     from aeon.datasets import load_from_ts_file
     try:
         X, y, meta = load_from_ts_file(str(path), return_meta_data=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:       # the reader meets a damaged file in many ways
-        reason = "it is empty" if os.path.getsize(path) == 0 else str(error).splitlines()[0][:160]
-        raise UserError(f"{path}: not a complete .ts file: {reason}") from None
+        raise UserError(f"{path}: not a complete .ts file: {str(error).splitlines()[0][:160]}") from None
     if len(X) == 0:
-        raise UserError(f"{path}: holds no series")
+        raise UserError(f"{path}: holds no series: it is empty, or not a .ts file")
     if need_labels and not meta["classlabel"]:
         raise UserError(f"{path}: the labels are missing (its header has no '@classLabel true ...')")
     series, missing = [], 0
@@ -257,7 +260,7 @@ class Stopped(Exception):
 def build(setting, mixer, data, length):
     stride = -(-length // setting["max_tokens"]) if setting["max_tokens"] else 1
     names = ("dim", "depth", "heads", "hidden", "dropout", "norm", "pool", "scale", "kernel",
-             "order", "basis", "a", "b", "identity")
+             "zero_init", "order", "basis", "a", "b", "identity")
     return agf.AGFConfig(classes=len(data["classes"]), length=length, channels=len(data["mean"]),
                          mixer=mixer, stride=stride, **{k: setting[k] for k in names})
 
@@ -277,11 +280,20 @@ def accuracy(model, split, device):
 
 def without_mixers(model):
     """A copy whose mixers output zero: how much of the accuracy is theirs?"""
-    import copy
     model = copy.deepcopy(model)
     for block in model.blocks:
         block.mixer = agf.NoMixer(model.config.dim, model.config.heads)
     return model
+
+
+def make_optimizer(model, kind, lr):
+    """AdamW decays matrices only; Adam and RAdam are the official code's, without decay."""
+    if kind != "adamw":
+        return {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[kind](model.parameters(), lr=lr)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
 def train(seed, config, setting, protocol, data, device, compiled, state, save, log, bar):
@@ -289,9 +301,7 @@ def train(seed, config, setting, protocol, data, device, compiled, state, save, 
     train_split, test_split = data
     torch.manual_seed(seed)
     model = agf.AGFTransformer(config).to(device)
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
-    decay = {"weight_decay": 0.05} if setting["optimizer"] == "adamw" else {}
-    optimizer = kinds[setting["optimizer"]](model.parameters(), lr=setting["lr"], **decay)
+    optimizer = make_optimizer(model, setting["optimizer"], setting["lr"])
     x, keep, y = (t.to(device) for t in train_split)
     lengths, size = train_split[1].sum(1), setting["batch_size"]
     per_epoch = -(-len(y) // size)
@@ -310,7 +320,13 @@ def train(seed, config, setting, protocol, data, device, compiled, state, save, 
         if setting["augment"]:
             series = augment(series, real, setting["augment"],
                              torch.Generator().manual_seed(seed * 1000003 + step))
-        return series, real, y[pick]
+        target = y[pick]
+        if setting["mixup"]:     # the batch is in random order: the next one is a random partner
+            share = np.random.default_rng([seed, step]).beta(setting["mixup"], setting["mixup"])
+            blend = lambda t: share * t + (1 - share) * t.roll(1, 0)
+            series, target = blend(series), blend(F.one_hot(target, config.classes).float())
+            real = real | real.roll(1, 0)
+        return series, real, target
 
     def rate(step):
         if setting["schedule"] == "constant":
@@ -344,7 +360,7 @@ def train(seed, config, setting, protocol, data, device, compiled, state, save, 
                 row["test_accuracy"] = tested[-1]
             log(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", ortho=f"{row['ortho']:.3f}")
-        if stop_asked or now - saved > 10:
+        if stop_asked or now - saved > SAVE_EVERY:
             saved = now
             save(agf.training_state(model, optimizer)
                  | dict(step=done, sums=list(sums), seconds=spent + now - begin, tested=list(tested)))
@@ -363,6 +379,7 @@ def train(seed, config, setting, protocol, data, device, compiled, state, save, 
 
 
 stop_asked = []                      # filled by the signal handler
+SAVE_EVERY = 10                      # seconds between two checkpoints
 
 
 def run(args):
@@ -444,8 +461,7 @@ def command_line():
 
 def versions():
     import aeon
-    import numpy
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 aeon=aeon.__version__)
 
 
@@ -491,8 +507,7 @@ def pictures(out, rows, model, test_split, device, summary):
     seen, hooks = [], []
     for mixer in filters:
         hooks.append(mixer.register_forward_pre_hook(
-            lambda m, inputs: seen.append(m.factors(*inputs)[1].mT[inputs[1][:, None, None].expand(
-                -1, m.heads, m.dim // m.heads, -1)].flatten())))
+            lambda m, inputs: seen.append(m.factors(*inputs)[1].transpose(1, 2)[inputs[1]].flatten())))
     agf.evaluate(model, list(batches(test_split, 64, device))[:1])
     for hook in hooks:
         hook.remove()
@@ -592,14 +607,17 @@ def main(argv=None):
     try:
         args, parser = options(argv)
         if args.list:
-            return list_sets(args.data_dir)
+            list_sets(args.data_dir)
+            return 0
         if args.predict:
-            return predict(args)
+            predict(args)
+            return 0
         if args.resume:
             args = resumed(args, parser)
             if (result := Path(args.resume) / "result.json").exists():
                 mean = json.loads(result.read_text())["test_accuracy_mean"]
-                return print(f"{args.resume} is finished: test accuracy {100 * mean:.2f} %, see {result}")
+                print(f"{args.resume} is finished: test accuracy {100 * mean:.2f} %, see {result}")
+                return 0
         if not args.dataset:
             raise UserError("which data set? Try --dataset JapaneseVowels, or --list")
         run(args)
