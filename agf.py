@@ -3,9 +3,8 @@
 Self-attention multiplies the value signal by a softmax matrix A. In graph signal processing A is
 the weighted adjacency matrix of a directed graph on the tokens, and attention is a graph filter of
 order one with a fixed coefficient. Such a filter is low-pass: it blurs the tokens together.
-AGF learns a better filter and never forms A. It learns the three factors of a singular value
-decomposition directly, puts a learned polynomial p on the singular values, and multiplies from the
-right, so that the cost is linear in the number of tokens:
+AGF learns a better filter without forming A: the three factors of a singular value decomposition,
+with a learned polynomial p on the singular values. Its cost is linear in the number of tokens:
 
     AGF(X) = (U * p(s)) (V^T X_val),     p(s) = sum_k theta_k T_k(s)
 
@@ -47,7 +46,6 @@ from torch import nn
 
 BASES = ("jacobi", "legendre", "chebyshev", "monomial")
 
-
 def recurrence(order, a, b):
     """The Jacobi recurrence as rows (A_k, B_k, C_k), k = 1..order:
 
@@ -57,21 +55,18 @@ def recurrence(order, a, b):
     2k(k+a+b)(c-2) P_k = (c-1)(c(c-2) x + a^2 - b^2) P_{k-1} - 2(k+a-1)(k+b-1) c P_{k-2}.
     ValueError where that factor is 0, and for order < 0.
     """
-    if order != int(order) or order < 0:
-        raise ValueError(f"order must be a whole number >= 0, got {order}")
-    if not (math.isfinite(a) and math.isfinite(b)):
-        raise ValueError(f"a and b must be finite, got a={a}, b={b}")
+    if order != int(order) or order < 0 or not math.isfinite(a + b):
+        raise ValueError(f"order must be a whole number >= 0, a and b finite: {order=}, {a=}, {b=}")
     rows = [((a + b + 2) / 2, (a - b) / 2, 0.0)][:order]
     for k in range(2, order + 1):
         c = 2 * k + a + b
         if abs(k + a + b) < 1e-9 or abs(c - 2) < 1e-9:
-            raise ValueError(f"the Jacobi recurrence is undefined for a={a}, b={b}, k={k}: k+a+b = "
+            raise ValueError(f"the recurrence is undefined at {k=} for {a=}, {b=}: k+a+b = "
                              f"{k + a + b:g}, 2k+a+b-2 = {c - 2:g}, neither may be 0")
         left = 2 * k * (k + a + b) * (c - 2)
         rows.append(((c - 1) * c * (c - 2) / left, (c - 1) * (a * a - b * b) / left,
                      2 * (k + a - 1) * (k + b - 1) * c / left))
     return rows
-
 
 def three_terms(x, rows):
     """T_0..T_K at x from the rows of a recurrence: x (any shape) -> (K+1, *x.shape)."""
@@ -80,7 +75,6 @@ def three_terms(x, rows):
         T.append((A * x + B) * T[-1] - (C * T[-2] if C else 0))
     return torch.stack(T)
 
-
 def jacobi(x, order, a, b):
     """Jacobi polynomials P_0..P_order at x: x (any shape) -> (order+1, *x.shape).
 
@@ -88,7 +82,6 @@ def jacobi(x, order, a, b):
     published settings have b <= -1: the recurrence still holds, the orthogonality does not.
     """
     return three_terms(x, recurrence(order, a, b))
-
 
 class JacobiFilter(nn.Module):
     """The filter p(s) = sum_k theta_k T_k(s), elementwise: s (any shape) -> the same shape.
@@ -108,8 +101,8 @@ class JacobiFilter(nn.Module):
         if basis == "monomial":
             self.rows = [(1.0, 0.0, 0.0)] * order            # T_k = s T_{k-1}
         self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; coefficients() are the effective
-        # The same T_k in powers of y = 2s - 1: row k of M holds T_k's coefficients, by the recurrence
-        # with s = (y + 1) / 2. y lies in (-1, 1), where float32 is enough for its powers.
+        # The same T_k in powers of y = 2s - 1, which float32 bears since |y| < 1: row k of M holds
+        # the coefficients of T_k, by the recurrence with s = (y + 1) / 2.
         M = torch.zeros(order + 1, order + 1, dtype=torch.float64)
         M[0, 0] = 1
         for k, (A, B, C) in enumerate(self.rows, start=1):
@@ -117,7 +110,7 @@ class JacobiFilter(nn.Module):
         self.powers = M.tolist()
 
     def coefficients(self):
-        """Effective theta, shape (order+1,): tanh keeps each in (-1, 1), signs are free (Theorem 2)."""
+        """Effective theta, (order+1,): tanh keeps each in (-1, 1), its sign is free (Theorem 2)."""
         theta = torch.tanh(at_least_float32(self.theta))
         return torch.cat([torch.ones_like(theta[:1]), theta[1:]]) if self.identity else theta
 
@@ -134,7 +127,6 @@ class JacobiFilter(nn.Module):
             return self.plain(s)
         M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)
         return Polynomial.apply(2 * s - 1, (theta[:, None] * M).sum(0))
-
 
 class Polynomial(torch.autograd.Function):
     """p(y) = sum_j c_j y^j, elementwise. Autograd alone would store K tensors like y; here y is
@@ -155,7 +147,6 @@ class Polynomial(torch.autograd.Function):
         slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
         return grad * horner(y, slope), torch.stack(sums)
 
-
 def horner(y, c):
     """c_0 + y (c_1 + y (c_2 + ...)): one multiply-add for each degree."""
     p = c[-1]
@@ -163,11 +154,9 @@ def horner(y, c):
         p = torch.addcmul(c[j], p, y)
     return p
 
-
 def at_least_float32(x):
     """Half precision goes up to float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
 
 # 2. The orthogonality loss ------------------------------------------------------------------
 
@@ -188,12 +177,10 @@ def orthogonality_loss(U, V, keep=None):
         gap = sum((u.mT @ u - eye).abs() + (v.mT @ v - eye).abs() for u, v in zip(U, V))
         return gap.mean(dim=(1, 2)) / len(U)                 # (B, d, d) -> (B,)
 
-
 def split_heads(x):
     """(B, h, n, d) -> h views (B, n, d). The heads of a token lie side by side in memory: a product
     of two views is one batched call, a product of the whole tensors would first copy them."""
     return x.transpose(1, 2).unbind(2)
-
 
 # 3. The mixers: forward(x, keep=None) -> (out, ortho), that is (B, n, D) -> (B, n, D), (B,) -----
 
@@ -234,7 +221,6 @@ class AGFAttention(nn.Module):
         U, s, V, _ = self.factors(x, keep)
         return (U * self.filter(s)) @ V.mT
 
-
 class SoftmaxAttention(nn.Module):
     """Ordinary multi-head self-attention, the baseline. Its cost is quadratic in n."""
 
@@ -263,36 +249,28 @@ class SoftmaxAttention(nn.Module):
         logits = at_least_float32(query @ key.mT) / math.sqrt(query.shape[-1])
         return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(-1)
 
-
 class NoMixer(nn.Module):
     """The control: tokens never see each other. It shows what a task asks of attention."""
 
-    def __init__(self, dim, heads):
-        super().__init__()
-
     def forward(self, x, keep=None):
         return torch.zeros_like(x), x.new_zeros(x.shape[0])
-
 
 MIXERS = {
     "agf": AGFAttention,
     "uv": lambda dim, heads: AGFAttention(dim, heads, order=0),                 # Sigma = 1
     "usv": lambda dim, heads: AGFAttention(dim, heads, filter=nn.Identity()),   # p(s) = s
     "softmax": SoftmaxAttention,
-    "none": NoMixer,
+    "none": lambda dim, heads: NoMixer(),
 }
-
 
 def check_heads(dim, heads):
     if dim < 1 or heads < 1 or dim % heads:
         raise ValueError(f"heads must divide the width: dim={dim}, heads={heads}")
     return heads
 
-
 def hide_padding(x, keep):
-    """0 at padded tokens, whatever stands there (NaN and inf too). The caller's x stays as it is."""
+    """0 at padded tokens, whatever stands there (NaN and inf too). x itself stays as it is."""
     return x if keep is None else x.masked_fill(~keep[:, :, None], 0)
-
 
 # 4. The compact Transformer -----------------------------------------------------------------
 
@@ -325,22 +303,20 @@ class AGFConfig:
     def __post_init__(self):
         check_heads(self.dim, self.heads)
         for name, known in dict(norm=("pre", "post"), pool=("mean", "flatten", "first"),
-                                mixer=MIXERS).items():
+                                mixer=tuple(MIXERS)).items():
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of {', '.join(known)}")
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: one of {known}")
         for name in ("classes", "length", "channels", "depth", "hidden", "kernel", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, to have a middle, got {self.kernel}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.kernel % 2 == 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"kernel must be odd and dropout in [0, 1), got {self.kernel} and "
+                             f"{self.dropout}")
 
     @property
     def tokens(self):
         """Number of tokens of an input of full length."""
         return -(-self.length // self.stride)
-
 
 class Block(nn.Module):
     """Mixer, then feed-forward, each on a residual path with a LayerNorm before or after."""
@@ -363,7 +339,6 @@ class Block(nn.Module):
             return x + self.drop(self.mlp(self.norm2(x))), ortho
         x = self.norm1(x)
         return self.norm2(x + self.drop(self.mlp(x))), ortho
-
 
 class AGFTransformer(nn.Module):
     """A classifier of sequences: forward(x, keep=None) -> (logits (B, classes), ortho (B,)).
@@ -388,7 +363,8 @@ class AGFTransformer(nn.Module):
                                    padding=config.kernel // 2)
         self.position = nn.Parameter(0.02 * torch.randn(config.tokens, D))
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, mixer(D, config.heads)) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, mixer(D, config.heads))
+                                    for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
         width = D * config.tokens if config.pool == "flatten" else D
         self.classifier = nn.Linear(width, config.classes) if not config.head else nn.Sequential(
@@ -431,7 +407,6 @@ class AGFTransformer(nn.Module):
             x = F.pad(x, (0, 0, 0, self.config.tokens - x.shape[1])).flatten(1)     # (B, n' D)
         return self.classifier(x), ortho
 
-
 # 5. Diagnostics of oversmoothing: tokens (B, n, D), keep (B, n) -> one number a sample, (B,) -----
 
 def token_cosine(x, keep=None):
@@ -439,7 +414,6 @@ def token_cosine(x, keep=None):
     z = F.normalize(hide_padding(x, keep), dim=-1)           # (B, n, D), unit rows
     n = x.shape[1] if keep is None else keep.sum(1)
     return (z.sum(1).square().sum(-1) - z.square().sum((1, 2))) / (n * (n - 1))
-
 
 def high_frequency_ratio(x, keep=None):
     """||HFC|| / ||LFC|| of Theorem 1. LFC: the mean token, repeated. HFC: the rest. 0 = smooth."""
@@ -449,19 +423,16 @@ def high_frequency_ratio(x, keep=None):
     low = hide_padding(mean.expand_as(x), keep)
     return (x - low).flatten(1).norm(dim=1) / low.flatten(1).norm(dim=1)
 
-
 def effective_rank(x, keep=None):
-    """exp(entropy) of the token matrix's singular values, scaled to sum 1 (Roy, Vetterli 2007), from
-    1 to min(n, D). On the CPU in float64, where small singular values are exact."""
+    """exp(entropy) of the singular values, scaled to sum 1 (Roy, Vetterli 2007): from 1 to
+    min(n, D). On the CPU in float64, where small singular values are exact."""
     share = torch.linalg.svdvals(hide_padding(x, keep).detach().cpu().double())
     return torch.special.entr(share / share.sum(-1, keepdim=True)).sum(-1).exp()
-
 
 # 6. A small trainer -------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that the user can mend. The scripts print it as one line, exit status 2."""
-
 
 def choose_device(name="auto"):
     """-> (torch.device, the reason in words). auto: cuda before mps before cpu."""
@@ -472,7 +443,6 @@ def choose_device(name="auto"):
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple GPU"
     return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
-
 
 def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.0, amp=False,
         net=None, after_step=None):
@@ -499,7 +469,6 @@ def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.
         if after_step:
             after_step(step + 1, loss.detach(), ortho.detach())
 
-
 @torch.no_grad()
 def evaluate(model, batches, amp=False):
     """Logits for all batches (x, keep or None), on the CPU: (N, classes). Train mode is kept."""
@@ -510,12 +479,10 @@ def evaluate(model, batches, amp=False):
     model.train(training)
     return torch.cat(logits)
 
-
 def save(path, **parts):
     """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole."""
     torch.save(parts, f"{path}.part")
     os.replace(f"{path}.part", path)
-
 
 def load(path):
     """Read a checkpoint. weights_only: a file from a stranger brings numbers, never code."""
@@ -526,13 +493,11 @@ def load(path):
     except Exception as error:   # a damaged file fails in many ways
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
-
 def training_state(model, optimizer):
     """What a resumed run needs to end at the same numbers, the step aside."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "config": asdict(model.config), "rng": torch.get_rng_state(), "rng_cuda": cuda}
-
 
 def restore(state, model, optimizer):
     """Undo training_state: put everything back."""

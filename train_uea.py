@@ -2,8 +2,8 @@
 
     python train_uea.py --dataset JapaneseVowels
 
-Protocol: a fixed number of epochs on the whole train split, one pass over the test split at the end.
-`--protocol paper` does what the field does, the best epoch on the test split, and labels it.
+Protocol: a fixed number of epochs on the whole train split, then one pass over the test split.
+`--protocol paper` adds what the field reports, the best epoch on the test split, and labels it.
 """
 
 import argparse
@@ -44,8 +44,8 @@ RECIPE = dict(
 # The published setting: shared by all sets, then one row for each set.
 PAPER = dict(
     dim=512, depth=2, heads=8, hidden=2048, dropout=0.1, norm="post", pool="flatten", scale=True,
-    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0, optimizer="radam", lr=1e-3, schedule="constant", clip=4.0,
-    batch_size=16, steps=0, epochs=100,
+    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0,
+    optimizer="radam", lr=1e-3, schedule="constant", clip=4.0, batch_size=16, steps=0, epochs=100,
 )
 PAPER_SETS = {   # basis, order, a, b, gamma, identity, and what else that set changes
     "EthanolConcentration": ("jacobi", 6, 1.5, -1.5, 0.1, True, {}),
@@ -72,25 +72,26 @@ def options(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what to run")
     g.add_argument("--dataset", metavar="NAME", help="a set of the UEA or UCR archive")
-    g.add_argument("--list", action="store_true", help="name the sets usable now and the paper's ten")
+    g.add_argument("--list", action="store_true", help="name the sets usable now, and the paper's")
     g.add_argument("--data-dir", default="data", metavar="DIR",
-                   help="looked in first, for NAME/NAME_TRAIN.ts; downloads go there (default: data)")
+                   help="first place for NAME/NAME_TRAIN.ts, downloads go there (default: data)")
     g.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-TIME)")
     g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, same numbers")
-    g.add_argument("--predict", metavar="FILE.ts", help="classify new series, CSV on standard output")
+    g.add_argument("--predict", metavar="FILE.ts", help="classify new series, CSV to standard out")
     g.add_argument("--checkpoint", metavar="RUN", help="the run folder (or model.pt) for --predict")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    g.add_argument("--seeds", type=int, default=1, metavar="N", help="train N times, report mean and deviation")
+    g.add_argument("--seeds", type=int, default=1, metavar="N",
+                   help="train N times, report mean and standard deviation (default: 1)")
     g.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default: 0)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     g = p.add_argument_group("recipe (default: the chosen preset's)")
     g.add_argument("--preset", choices=["compact", "paper"], default="compact",
-                   help="compact: one recipe for all sets; paper: the published setting of this set")
+                   help="compact: one recipe for all sets; paper: the set's published setting")
     g.add_argument("--protocol", choices=["honest", "paper"], default="honest",
                    help="paper: also report the best epoch on the TEST split (optimistic)")
     for name, kind, text in [
             ("epochs", int, "passes over the train split"), ("batch-size", int, "series in a step"),
-            ("lr", float, "peak learning rate"), ("dropout", float, ""),
+            ("lr", float, "peak learning rate"), ("dropout", float, "share of values dropped"),
             ("augment", float, "strength of time warp, scaling and noise; 0 = none"),
             ("mixup", float, "blend pairs of series by Beta(m, m); 0 = none"),
             ("gamma", float, "weight of the orthogonality loss")]:
@@ -99,12 +100,14 @@ def options(argv):
     g.add_argument("--mixer", choices=list(agf.MIXERS), default="agf",
                    help="agf, its ablations uv (Sigma = 1) and usv (p(s) = s), softmax, or none")
     for name, kind, text in [
-            ("dim", int, "width of a token"), ("depth", int, "number of blocks"), ("heads", int, ""),
+            ("dim", int, "width of a token"), ("depth", int, "number of blocks"),
+            ("heads", int, "number of heads, divides the width"),
             ("kernel", int, "time steps seen by one token; 1 = one"),
             ("max-tokens", int, "stride the embedding to have at most so many; 0 = no stride"),
             ("order", int, "degree K of the filter"), ("a", float, "Jacobi parameter"),
             ("b", float, "Jacobi parameter")]:
         g.add_argument(f"--{name}", type=kind, help=text)
+    g.add_argument("--zero-init", type=int, choices=[0, 1], help="mixers start at zero output")
     g.add_argument("--basis", choices=agf.BASES)
     g.add_argument("--pool", choices=["mean", "flatten", "first"])
     return p.parse_args(argv), p
@@ -118,15 +121,16 @@ def resolve(args):
             raise UserError(f"--preset paper has no published setting for {args.dataset}; "
                             f"it has: {', '.join(PAPER_SETS)}")
         *filter_setting, extra = PAPER_SETS[args.dataset]
-        setting = PAPER | dict(zip(("basis", "order", "a", "b", "gamma", "identity"), filter_setting))
-        setting |= extra
+        names = ("basis", "order", "a", "b", "gamma", "identity")
+        setting = PAPER | dict(zip(names, filter_setting)) | extra
     setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
-    for name, low in dict(epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, mixup=0, max_tokens=0).items():
+    lowest = dict(epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, mixup=0, max_tokens=0)
+    for name, low in lowest.items():
         value = setting[name]
         if value is not None and not (low <= value < math.inf):
             raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
     if args.seeds < 1 or args.seed < 0:
-        raise UserError(f"--seeds must be at least 1 and --seed at least 0, got {args.seeds}, {args.seed}")
+        raise UserError(f"--seeds must be at least 1, --seed at least 0: {args.seeds}, {args.seed}")
     return setting
 
 
@@ -151,9 +155,9 @@ def find(name, data_dir):
     if name not in tsc_zenodo:
         near = {n.lower(): n for n in tsc_zenodo}
         near = [near[n] for n in difflib.get_close_matches(name.lower(), near, 3, 0.5)]
-        raise UserError(f"unknown data set {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-                        + " --list names those usable now")
-    print(f"downloading {name} from the archive, without a progress bar (some sets are hundreds of MB)")
+        raise UserError(f"unknown data set {name!r}; --list names those usable now"
+                        + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    print(f"downloading {name} with aeon, which shows no progress (a few sets have hundreds of MB)")
     home = Path(data_dir)
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -163,26 +167,30 @@ def find(name, data_dir):
             os.replace(Path(part) / name, home / name)
     except Exception as error:
         raise UserError(
-            f"could not download {name} ({type(error).__name__}: {str(error).splitlines()[0][:80]}). "
-            f"Fetch https://timeseriesclassification.com/aeon-toolkit/{name}.zip in a browser, or the "
-            f"set from zenodo.org record {tsc_zenodo[name]}, and unpack it so that "
-            f"{home / name / (name + '_TRAIN.ts')} and _TEST.ts exist") from None
+            f"could not download {name} ({type(error).__name__}: {first_line(error)}). Fetch "
+            f"https://timeseriesclassification.com/aeon-toolkit/{name}.zip by hand, or zenodo.org "
+            f"record {tsc_zenodo[name]}, and unpack it so that {home / name / f'{name}_TRAIN.ts'} "
+            f"and _TEST.ts exist") from None
     return [home / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
 
 
+def first_line(error):
+    return (str(error).splitlines() or [""])[0][:160]
+
+
 def read(path, need_labels=True):
-    """One .ts file -> list of float32 arrays (time, channels), labels, class names, missing values."""
+    """One .ts file -> list of float32 arrays (time, channels), labels, class names."""
     from aeon.datasets import load_from_ts_file
     try:
         X, y, meta = load_from_ts_file(str(path), return_meta_data=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:       # the reader meets a damaged file in many ways
-        raise UserError(f"{path}: not a complete .ts file: {str(error).splitlines()[0][:160]}") from None
+        raise UserError(f"{path}: not a complete .ts file: {first_line(error)}") from None
     if len(X) == 0:
         raise UserError(f"{path}: holds no series: it is empty, or not a .ts file")
     if need_labels and not meta["classlabel"]:
-        raise UserError(f"{path}: the labels are missing (its header has no '@classLabel true ...')")
+        raise UserError(f"{path}: the labels are missing (no '@classLabel true ...' in its header)")
     series, missing = [], 0
     for i, x in enumerate(X):
         x = np.array(x.T, dtype=np.float64)                      # (time, channels)
@@ -208,7 +216,8 @@ def pad(series, length, mean, std):
     keep = torch.zeros(len(series), length, dtype=torch.bool)
     for i, one in enumerate(series):
         one = (torch.from_numpy(one[:length]) - mean) / std
-        x[i, :len(one)], keep[i, :len(one)] = one.nan_to_num(0.0), True   # a channel with no value: mean
+        x[i, :len(one)] = one.nan_to_num(0.0)        # a channel without any value: the mean
+        keep[i, :len(one)] = True
     return x, keep
 
 
@@ -221,7 +230,7 @@ def load_dataset(name, data_dir):
         if len({x.shape[1] for x in split} | {train[0].shape[1]}) > 1:
             raise UserError(f"{path}: not all series have {train[0].shape[1]} channels")
         if unknown := sorted(set(labels) - set(classes)):
-            raise UserError(f"{path}: label {unknown[0]!r} is not one of the classes {', '.join(classes)}")
+            raise UserError(f"{path}: label {unknown[0]!r} is none of: {', '.join(classes)}")
     steps = torch.cat([torch.from_numpy(x) for x in train]).double()
     mean, std = steps.nanmean(0), ((steps - steps.nanmean(0)) ** 2).nanmean(0).sqrt()
     mean, std = mean.nan_to_num(0).float(), std.nan_to_num(1).clamp(min=1e-8).float()
@@ -231,24 +240,32 @@ def load_dataset(name, data_dir):
     index = {label: i for i, label in enumerate(classes)}
     split = [(*pad(x, length, mean, std), torch.tensor([index[label] for label in y]))
              for x, y in ((train, train_y), (test, test_y))]
-    return split[0], split[1], dict(dataset=name, classes=classes, mean=mean.tolist(), std=std.tolist())
+    data = dict(dataset=name, classes=classes, mean=mean.tolist(), std=std.tolist())
+    return *split, data
 
 
-def augment(x, keep, strength, generator):
-    """Warp time smoothly, scale each channel, add noise; ends stay ends. x (B, n, channels)."""
+def augment(x, keep, strength, rng):
+    """Warp time smoothly (ends stay ends), scale each channel, add noise. x (B, n, channels)."""
     B, n, channels = x.shape
-    last = (keep.sum(1, keepdim=True) - 1).clamp(min=1).to(x.device)             # (B, 1)
-    harmonic = math.pi * torch.arange(1, 4)                                      # 3 half waves
-    size = strength * torch.randn(B, 1, 3, generator=generator).clamp(-1, 1) / harmonic
-    t = torch.arange(n) / last.cpu()                                             # (B, n), 1 at the end
-    t = (t + (size * torch.sin(t[:, :, None] * harmonic)).sum(-1)).clamp(0, 1).to(x.device) * last
-    left = t.long().clamp(max=n - 1)                                             # (B, n)
+    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32)).to(x.device)
+    last = (keep.sum(1, keepdim=True) - 1).clamp(min=1)                      # (B, 1)
+    harmonic = math.pi * torch.arange(1, 4, device=x.device)                 # three half waves
+    size = strength * normal(B, 1, 3).clamp(-1, 1) / harmonic
+    t = torch.arange(n, device=x.device) / last                              # (B, n), 1 at the end
+    t = (t + (size * torch.sin(t[:, :, None] * harmonic)).sum(-1)).clamp(0, 1) * last
+    left = t.long().clamp(max=n - 1)                                         # (B, n)
     right = torch.minimum(left + 1, last)
-    pick = lambda i: x.gather(1, i[:, :, None].expand(-1, -1, channels))
-    x = torch.lerp(pick(left), pick(right), (t - left)[:, :, None])
-    gain = torch.exp(0.7 * strength * torch.randn(B, 1, channels, generator=generator))
-    x = x * gain.to(x.device) + strength / 3 * torch.randn(x.shape, generator=generator).to(x.device)
+    at = lambda i: x.gather(1, i[:, :, None].expand(-1, -1, channels))
+    x = torch.lerp(at(left), at(right), (t - left)[:, :, None])
+    x = x * torch.exp(0.7 * strength * normal(B, 1, channels)) + strength / 3 * normal(*x.shape)
     return x.masked_fill(~keep[:, :, None], 0)
+
+
+def blend(x, keep, y, strength, rng):
+    """Mixup. A batch is in random order, so the next series is a random partner. y (B, classes)."""
+    share = rng.beta(strength, strength)
+    x, y = (share * t + (1 - share) * t.roll(1, 0) for t in (x, y))
+    return x, keep | keep.roll(1, 0), y
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -275,28 +292,30 @@ def batches(split, size, device):
 
 
 def accuracy(model, split, device):
-    return (agf.evaluate(model, batches(split, 128, device)).argmax(1) == split[2]).double().mean().item()
+    found = agf.evaluate(model, batches(split, 128, device)).argmax(1)
+    return (found == split[2]).double().mean().item()
 
 
 def without_mixers(model):
     """A copy whose mixers output zero: how much of the accuracy is theirs?"""
     model = copy.deepcopy(model)
     for block in model.blocks:
-        block.mixer = agf.NoMixer(model.config.dim, model.config.heads)
+        block.mixer = agf.NoMixer()
     return model
 
 
 def make_optimizer(model, kind, lr):
     """AdamW decays matrices only; Adam and RAdam are the official code's, without decay."""
     if kind != "adamw":
-        return {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[kind](model.parameters(), lr=lr)
+        kinds = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+        return kinds[kind](model.parameters(), lr=lr)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def train(seed, config, setting, protocol, data, device, compiled, state, save, log, bar):
+def train(seed, out, config, setting, protocol, data, device, compiled, state, save, log, bar):
     """One seed, from scratch or from `state`: -> (model, result of this seed)."""
     train_split, test_split = data
     torch.manual_seed(seed)
@@ -306,26 +325,21 @@ def train(seed, config, setting, protocol, data, device, compiled, state, save, 
     lengths, size = train_split[1].sum(1), setting["batch_size"]
     per_epoch = -(-len(y) // size)
     epochs = setting["epochs"] or max(10, -(-setting["steps"] // per_epoch))
-    steps, order = epochs * per_epoch, {}
+    steps = epochs * per_epoch
 
     def batch_at(step):
         epoch, i = divmod(step, per_epoch)
-        if epoch not in order:
-            order.clear()
-            order[epoch] = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed * 100003 + epoch))
-        pick = order[epoch][i * size:(i + 1) * size]
-        n = x.shape[1] if compiled else int(lengths[pick].max())  # compiled: one shape, no recompiling
+        order = np.random.default_rng([seed, epoch, len(y)]).permutation(len(y))
+        pick = torch.from_numpy(order[i * size:(i + 1) * size])
+        n = x.shape[1] if compiled else int(lengths[pick].max())     # compiled: keep one shape
         pick = pick.to(device)
         series, real = x[pick, :n], keep[pick, :n]
+        target = F.one_hot(y[pick], config.classes).float()
+        rng = np.random.default_rng([seed, step])
         if setting["augment"]:
-            series = augment(series, real, setting["augment"],
-                             torch.Generator().manual_seed(seed * 1000003 + step))
-        target = y[pick]
-        if setting["mixup"]:     # the batch is in random order: the next one is a random partner
-            share = np.random.default_rng([seed, step]).beta(setting["mixup"], setting["mixup"])
-            blend = lambda t: share * t + (1 - share) * t.roll(1, 0)
-            series, target = blend(series), blend(F.one_hot(target, config.classes).float())
-            real = real | real.roll(1, 0)
+            series = augment(series, real, setting["augment"], rng)
+        if setting["mixup"]:
+            series, real, target = blend(series, real, target, setting["mixup"], rng)
         return series, real, target
 
     def rate(step):
@@ -363,12 +377,13 @@ def train(seed, config, setting, protocol, data, device, compiled, state, save, 
         if stop_asked or now - saved > SAVE_EVERY:
             saved = now
             save(agf.training_state(model, optimizer)
-                 | dict(step=done, sums=list(sums), seconds=spent + now - begin, tested=list(tested)))
+                 | dict(step=done, sums=list(sums), seconds=spent + now - begin, tested=tested))
             if stop_asked:
-                raise Stopped
+                raise Stopped(out)
 
     agf.fit(model, optimizer, batch_at, steps, rate=rate, start=start, gamma=setting["gamma"],
-            clip=setting["clip"], net=torch.compile(model) if compiled else None, after_step=after_step)
+            clip=setting["clip"], net=torch.compile(model) if compiled else None,
+            after_step=after_step)
     seconds = spent + time.perf_counter() - begin
     result = dict(seed=seed, epochs=epochs, train_seconds=round(seconds, 2),
                   test_accuracy=accuracy(model, test_split, device),
@@ -385,7 +400,9 @@ SAVE_EVERY = 10                      # seconds between two checkpoints
 def run(args):
     """Train all seeds of one setting, new or resumed; leaves the whole run folder."""
     out = Path(args.out or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S"))
-    state = agf.load(out / "checkpoint.pt") if args.resume and (out / "checkpoint.pt").exists() else None
+    state = {}                       # of an interrupted run
+    if args.resume and (out / "checkpoint.pt").exists():
+        state = agf.load(out / "checkpoint.pt")
     begin = time.perf_counter()
     setting = resolve(args)
     device, reason = pick_device(args.device)
@@ -398,23 +415,25 @@ def run(args):
     print(f"{args.dataset}: {len(train_split[2])} train, {len(test_split[2])} test series, "
           f"{config.channels} channels, length {config.length} -> {config.tokens} tokens, "
           f"{config.classes} classes")
-    print(f"mixer {args.mixer}, {parameters:,} parameters, device {device} ({reason}), run folder {out}")
+    print(f"mixer {args.mixer}, {parameters:,} parameters, {device} ({reason}), run folder {out}",
+          flush=True)
 
-    results, rows = (state["results"], state["rows"]) if state else ([], [])
-    current = {"state": state and state.get("training")}
+    results, rows = state.get("results", []), state.get("rows", [])
 
     def save(training=None):
         agf.save(out / "checkpoint.pt", results=results, rows=rows, training=training)
         write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: stop_asked.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop_asked.append(True))
     from tqdm import tqdm
     for seed in range(args.seed + len(results), args.seed + args.seeds):
         with tqdm(desc=f"seed {seed}", unit="step", disable=None, leave=False) as bar:
-            model, result = train(seed, config, setting, args.protocol, (train_split, test_split), device,
-                                  args.compile, current.pop("state", None), save, rows.append, bar)
-        if not results:              # model.pt is the first seed's: taking the best would be cheating
+            model, result = train(seed, out, config, setting, args.protocol, (train_split, test_split),
+                                  device, args.compile, state.get("training"), save, rows.append,
+                                  bar)
+        state = {}
+        if not results:              # model.pt is the first seed's: the best would be cheating
             agf.save(out / "model.pt", model=model.state_dict(), config=agf.asdict(config), **data)
         results.append(result)
         save()
@@ -435,15 +454,16 @@ def run(args):
         date=time.strftime("%Y-%m-%d"))
     if args.protocol == "paper":
         summary["best_test_accuracy"] = column("best_test_accuracy")
-        summary["best_test_accuracy_label"] = "best epoch chosen on the TEST split: optimistic, not comparable"
+        summary["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
         best = torch.tensor(column("best_test_accuracy")).mean()
-        print(f"best epoch on the test split: {100 * best:.2f} % (optimistic: the test split chose it)")
+        print(f"best epoch on the test split: {100 * best:.2f} % (optimistic: chosen on it)")
     model = load_model(out)[0].to(device)
     pictures(out, rows, model, test_split, device, summary)
     write(out / "result.json", json.dumps(summary, indent=2) + "\n")
     (out / "checkpoint.pt").unlink()
-    spread = f" +- {100 * deviation:.2f} (standard deviation, n = {len(score)})" if deviation is not None else ""
-    print(f"test accuracy {100 * score.mean():.2f} %{spread}; {time.perf_counter() - begin:.0f} s in all; see {out}")
+    spread = "" if deviation is None else f" +- {100 * deviation:.2f} (std, n = {len(score)})"
+    print(f"test accuracy {100 * score.mean():.2f} %{spread}; "
+          f"{time.perf_counter() - begin:.0f} s in all; see {out}")
 
 
 def pick_device(name):
@@ -451,7 +471,7 @@ def pick_device(name):
         device, reason = agf.choose_device(name)
         torch.zeros(1, device=device)
     except Exception as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: not usable here ({first_line(error)})") from None
     return device, reason
 
 
@@ -475,7 +495,7 @@ def prepare(out, config):
     """A new run folder with its config.json, or a plain refusal."""
     try:
         if (out / "config.json").exists():
-            raise UserError(f"{out} already holds a run: choose another --out, or --resume {out}")
+            raise UserError(f"{out} already holds a run: take another --out, or --resume {out}")
         out.mkdir(parents=True, exist_ok=True)
         write(out / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
@@ -485,7 +505,7 @@ def prepare(out, config):
 # ------------------------------------------------------------------------------------ pictures
 
 def pictures(out, rows, model, test_split, device, summary):
-    """curves.png, and filters.png: p(s) of each layer over the singular values of real test data."""
+    """curves.png, and filters.png: p(s) of each layer and the singular values of test data."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -504,27 +524,30 @@ def pictures(out, rows, model, test_split, device, summary):
     filters = [block.mixer for block in model.blocks if hasattr(block.mixer, "filter")]
     if not filters:
         return
-    seen, hooks = [], []
-    for mixer in filters:
-        hooks.append(mixer.register_forward_pre_hook(
-            lambda m, inputs: seen.append(m.factors(*inputs)[1].transpose(1, 2)[inputs[1]].flatten())))
+    seen = []                                     # s at the real tokens, layer by layer
+
+    def look(mixer, inputs):
+        s = mixer.factors(*inputs)[1]             # (B, h, n, d)
+        seen.append(s.transpose(1, 2)[inputs[1]].flatten().cpu().numpy())
+    hooks = [mixer.register_forward_pre_hook(look) for mixer in filters]
     agf.evaluate(model, list(batches(test_split, 64, device))[:1])
     for hook in hooks:
         hook.remove()
-    fig, axes = plt.subplots(1, len(filters), figsize=(4.5 * len(filters), 3.2), layout="constrained",
-                             squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(filters), figsize=(4.5 * len(filters), 3.2), sharey=True,
+                             layout="constrained", squeeze=False)
     grid = torch.linspace(0, 1, 201, device=device)
     for i, (ax, mixer, s) in enumerate(zip(axes[0], filters, seen)):
         ax.axhline(0, color="0.8", lw=0.8)
-        ax.plot(grid.cpu(), mixer.filter(grid).detach().cpu(), color="black", label="p(s), learned")
+        ax.plot(grid.cpu(), mixer.filter(grid).detach().cpu(), color="black", label="learned p(s)")
         bins = ax.twinx()
-        bins.hist(s.cpu().numpy(), bins=60, range=(0, 1), color="#56B4E9", alpha=0.5)
+        bins.hist(s, bins=60, range=(0, 1), color="#56B4E9", alpha=0.5)
         bins.set_yticks([])
         ax.set(title=f"layer {i + 1}", xlabel="singular value s")
         ax.set_zorder(bins.get_zorder() + 1)
         ax.patch.set_visible(False)
     axes[0][0].set_ylabel("filter response p(s)")
-    axes[0][0].legend(loc="best", title="blue: s on test data", frameon=False)
+    axes[0][0].plot([], [], color="#56B4E9", lw=6, alpha=0.5, label="s on test data")
+    axes[0][0].legend(loc="best", frameon=False)
     save_figure(fig, out / "filters.png")
 
 
@@ -554,18 +577,18 @@ def predict(args):
         raise UserError("--predict needs --checkpoint RUN, the folder of a finished run")
     model, data = load_model(args.checkpoint)
     if args.dataset and args.dataset != data["dataset"]:
-        raise UserError(f"{args.checkpoint} was trained on {data['dataset']}, not on {args.dataset}")
+        raise UserError(f"{args.checkpoint} is a run on {data['dataset']}, not on {args.dataset}")
     series, _, _ = read(args.predict, need_labels=False)
     for i, one in enumerate(series):
         if one.shape[1] != len(data["mean"]):
-            raise UserError(f"{args.predict}: series {i + 1} has {one.shape[1]} channels, but the checkpoint "
-                            f"was trained on {data['dataset']} with {len(data['mean'])}")
+            raise UserError(f"{args.predict}: series {i + 1} has {one.shape[1]} channels, but the "
+                            f"checkpoint, of {data['dataset']}, takes {len(data['mean'])}")
     device, _ = pick_device(args.device)
     length = model.config.length
     if cut := sum(len(one) > length for one in series):
-        print(f"{cut} series are longer than the model takes: cut to {length} steps", file=sys.stderr)
+        print(f"{cut} series are too long for the model: cut to {length} steps", file=sys.stderr)
     x, keep = pad(series, length, torch.tensor(data["mean"]), torch.tensor(data["std"]))
-    share = F.softmax(agf.evaluate(model.to(device), batches((x, keep, None), 128, device)), dim=1)
+    share = agf.evaluate(model.to(device), batches((x, keep, None), 128, device)).softmax(1)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["series", "label", *(f"p({name})" for name in data["classes"])])
     for i, row in enumerate(share.tolist()):
@@ -574,33 +597,35 @@ def predict(args):
 
 
 def list_sets(data_dir):
-    have = {f.name.removesuffix("_TRAIN.ts"): f"in {data_dir}" for pattern in ("*_TRAIN.ts", "*/*_TRAIN.ts")
-            for f in Path(data_dir).glob(pattern)}
-    for f in aeon_folder().glob("*/*_TRAIN.ts"):
-        name = f.name.removesuffix("_TRAIN.ts")
-        if name == f.parent.name and f.with_name(f"{name}_TEST.ts").exists() and "Covid" not in name:
-            have.setdefault(name, "shipped with aeon")
+    have = {}
+    for folder, where in ((aeon_folder(), "shipped with aeon"), (Path(data_dir), f"in {data_dir}")):
+        for f in [*folder.glob("*_TRAIN.ts"), *folder.glob("*/*_TRAIN.ts")]:
+            name = f.name.removesuffix("_TRAIN.ts")
+            labels = "@classlabel true" in f.read_text(errors="replace")[:5000].lower()
+            if f.with_name(f"{name}_TEST.ts").exists() and labels and not name.endswith("_eq"):
+                have[name] = where
     print("Usable now, without a download:")
     print("\n".join(f"  {name:28s} {where}" for name, where in sorted(have.items())))
     print("The ten of the paper (--preset paper knows their published settings):")
-    print("\n".join(f"  {name:28s} {have.get(name, 'is downloaded at first use')}" for name in PAPER_SETS))
+    for name in PAPER_SETS:
+        print(f"  {name:28s} {have.get(name, 'is downloaded at first use')}")
 
 
 def resumed(args, parser):
     """The options of the interrupted run, from its config.json."""
-    given = {k for k, v in vars(args).items() if v != parser.get_default(k)} - {"resume", "device", "data_dir"}
+    free = ("device", "data_dir")    # these may differ: another machine
+    given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
     path = Path(args.resume) / "config.json"
     try:
         saved = json.loads(path.read_text())["options"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume {args.resume}: not a run folder, {path} cannot be read") from None
-    for name in given:
+        raise UserError(f"--resume {args.resume}: no run there, {path} is unreadable") from None
+    for name in given - {"resume", *free}:
         if vars(args)[name] != saved.get(name):
-            raise UserError(f"--resume keeps the settings of the run: --{name.replace('_', '-')} was "
-                            f"{saved.get(name)}; leave it out, or start a new run")
-    new = dict(saved, resume=args.resume, out=args.resume)
-    new |= {k: getattr(args, k) for k in ("device", "data_dir") if getattr(args, k) != parser.get_default(k)}
-    return argparse.Namespace(**new)
+            raise UserError(f"--resume keeps the settings of the run: leave --"
+                            f"{name.replace('_', '-')} out (it was {saved.get(name)})")
+    changed = {name: vars(args)[name] for name in free if name in given}
+    return argparse.Namespace(**saved | changed | dict(resume=args.resume, out=args.resume))
 
 
 def main(argv=None):
@@ -624,9 +649,11 @@ def main(argv=None):
     except (UserError, ValueError) as error:
         print(f"train_uea.py: error: {error}", file=sys.stderr)
         return 2
-    except Stopped:
-        print(f"stopped; the state is saved, go on with: python train_uea.py --resume "
-              f"{args.out or 'RUN'}", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"stopped; go on with: python train_uea.py --resume {stopped}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:        # before the first step: nothing to keep
+        print("stopped", file=sys.stderr)
         return 130
     return 0
 
