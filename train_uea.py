@@ -315,9 +315,9 @@ def make_optimizer(model, kind, lr):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def train(seed, out, config, setting, protocol, data, device, compiled, state, save, log, bar):
+def train(seed, args, setting, config, splits, device, state, save, log, bar):
     """One seed, from scratch or from `state`: -> (model, result of this seed)."""
-    train_split, test_split = data
+    train_split, test_split = splits
     torch.manual_seed(seed)
     model = agf.AGFTransformer(config).to(device)
     optimizer = make_optimizer(model, setting["optimizer"], setting["lr"])
@@ -331,7 +331,7 @@ def train(seed, out, config, setting, protocol, data, device, compiled, state, s
         epoch, i = divmod(step, per_epoch)
         order = np.random.default_rng([seed, epoch, len(y)]).permutation(len(y))
         pick = torch.from_numpy(order[i * size:(i + 1) * size])
-        n = x.shape[1] if compiled else int(lengths[pick].max())     # compiled: keep one shape
+        n = x.shape[1] if args.compile else int(lengths[pick].max())     # compile one shape
         pick = pick.to(device)
         series, real = x[pick, :n], keep[pick, :n]
         target = F.one_hot(y[pick], config.classes).float()
@@ -369,7 +369,7 @@ def train(seed, out, config, setting, protocol, data, device, compiled, state, s
             row = dict(seed=seed, epoch=done // per_epoch, step=done, lr=rate(done - 1),
                        loss=sums[0] / per_epoch, ortho=sums[1] / per_epoch)
             sums[:] = [0.0, 0.0]
-            if protocol == "paper":
+            if args.protocol == "paper":
                 tested.append(accuracy(model, test_split, device))
                 row["test_accuracy"] = tested[-1]
             log(row)
@@ -379,16 +379,16 @@ def train(seed, out, config, setting, protocol, data, device, compiled, state, s
             save(agf.training_state(model, optimizer)
                  | dict(step=done, sums=list(sums), seconds=spent + now - begin, tested=tested))
             if stop_asked:
-                raise Stopped(out)
+                raise Stopped(args.out)
 
     agf.fit(model, optimizer, batch_at, steps, rate=rate, start=start, gamma=setting["gamma"],
-            clip=setting["clip"], net=torch.compile(model) if compiled else None,
+            clip=setting["clip"], net=torch.compile(model) if args.compile else None,
             after_step=after_step)
     seconds = spent + time.perf_counter() - begin
     result = dict(seed=seed, epochs=epochs, train_seconds=round(seconds, 2),
                   test_accuracy=accuracy(model, test_split, device),
                   test_accuracy_mixers_off=accuracy(without_mixers(model), test_split, device))
-    if protocol == "paper":
+    if args.protocol == "paper":
         result["best_test_accuracy"] = max(tested)
     return model, result
 
@@ -399,7 +399,8 @@ SAVE_EVERY = 10                      # seconds between two checkpoints
 
 def run(args):
     """Train all seeds of one setting, new or resumed; leaves the whole run folder."""
-    out = Path(args.out or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S"))
+    args.out = args.out or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S")
+    out = Path(args.out)
     state = {}                       # of an interrupted run
     if args.resume and (out / "checkpoint.pt").exists():
         state = agf.load(out / "checkpoint.pt")
@@ -429,9 +430,8 @@ def run(args):
     from tqdm import tqdm
     for seed in range(args.seed + len(results), args.seed + args.seeds):
         with tqdm(desc=f"seed {seed}", unit="step", disable=None, leave=False) as bar:
-            model, result = train(seed, out, config, setting, args.protocol, (train_split, test_split),
-                                  device, args.compile, state.get("training"), save, rows.append,
-                                  bar)
+            model, result = train(seed, args, setting, config, (train_split, test_split), device,
+                                  state.get("training"), save, rows.append, bar)
         state = {}
         if not results:              # model.pt is the first seed's: the best would be cheating
             agf.save(out / "model.pt", model=model.state_dict(), config=agf.asdict(config), **data)
