@@ -453,7 +453,7 @@ def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.
     net: a compiled or distributed wrapper of the model.
     after_step(number of finished steps, loss, ortho): called with two scalar tensors.
     """
-    net, device = net or model, next(model.parameters()).device
+    net, device = model if net is None else net, next(model.parameters()).device
     model.train()
     for step in range(start, steps):
         x, keep, y = batch_at(step)
