@@ -31,7 +31,8 @@ from agf import UserError
 
 # The default: one compact recipe for every data set. What goes beyond the paper, and why:
 RECIPE = dict(
-    basis="jacobi", order=5, a=1.0, b=0.0, identity=True, gamma=0.01,
+    basis="jacobi", order=5, a=1.0, b=0.0, identity=True,
+    gamma=1.0,         # the orthogonality loss falls from here on; at 0.1 and below it rises
     dim=128, depth=2, heads=4, hidden=256, dropout=0.0, norm="pre", pool="mean", scale=False,
     kernel=11,         # embed 11 neighbouring steps: one step of a sensor says little     (1 = off)
     max_tokens=64,     # stride = ceil(length / 64): long series in seconds, not hours     (0 = off)
@@ -275,11 +276,16 @@ class Stopped(Exception):
 
 
 def build(setting, mixer, data, length):
+    """The model of a setting, before any training: what cannot be built is said now."""
     stride = -(-length // setting["max_tokens"]) if setting["max_tokens"] else 1
     names = ("dim", "depth", "heads", "hidden", "dropout", "norm", "pool", "scale", "kernel",
              "zero_init", "order", "basis", "a", "b", "identity")
-    return agf.AGFConfig(classes=len(data["classes"]), length=length, channels=len(data["mean"]),
-                         mixer=mixer, stride=stride, **{k: setting[k] for k in names})
+    config = dict(classes=len(data["classes"]), length=length, channels=len(data["mean"]),
+                  mixer=mixer, stride=stride, **{name: setting[name] for name in names})
+    try:
+        return agf.AGFTransformer(agf.AGFConfig(**config))
+    except ValueError as error:      # a width that heads do not divide, an undefined basis
+        raise UserError(str(error)) from None
 
 
 def batches(split, size, device):
@@ -408,8 +414,8 @@ def run(args):
     setting = resolve(args)
     device, reason = pick_device(args.device)
     train_split, test_split, data = load_dataset(args.dataset, args.data_dir)
-    config = build(setting, args.mixer, data, train_split[0].shape[1])
-    parameters = sum(p.numel() for p in agf.AGFTransformer(config).parameters())    # also a check
+    model = build(setting, args.mixer, data, train_split[0].shape[1])
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
     if not args.resume:
         prepare(out, dict(command=command_line(), options=vars(args), setting=setting,
                           model=agf.asdict(config), versions=versions()))
@@ -646,7 +652,7 @@ def main(argv=None):
         if not args.dataset:
             raise UserError("which data set? Try --dataset JapaneseVowels, or --list")
         run(args)
-    except (UserError, ValueError) as error:
+    except (UserError, OSError) as error:        # OSError: a full disk, a folder taken away
         print(f"train_uea.py: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
