@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
