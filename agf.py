@@ -55,7 +55,7 @@ def recurrence(order, a, b):
     2k(k+a+b)(c-2) P_k = (c-1)(c(c-2) x + a^2 - b^2) P_{k-1} - 2(k+a-1)(k+b-1) c P_{k-2}.
     ValueError where that factor is 0, and for order < 0.
     """
-    if order != int(order) or order < 0 or not math.isfinite(a + b):
+    if not isinstance(order, int) or order < 0 or not math.isfinite(a + b):
         raise ValueError(f"order must be a whole number >= 0, a and b finite: {order=}, {a=}, {b=}")
     rows = [((a + b + 2) / 2, (a - b) / 2, 0.0)][:order]
     for k in range(2, order + 1):
@@ -122,7 +122,7 @@ class JacobiFilter(nn.Module):
         """The same numbers as plain(), faster and in the memory of one tensor instead of K."""
         s, theta = at_least_float32(s), self.coefficients()
         if self.order == 0:
-            return theta[0].expand_as(s)
+            return theta[0].to(s.dtype).expand_as(s)
         if self.order > 12:                                  # large powers cancel too much
             return self.plain(s)
         M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)
@@ -131,11 +131,15 @@ class JacobiFilter(nn.Module):
 class Polynomial(torch.autograd.Function):
     """p(y) = sum_j c_j y^j, elementwise. Autograd alone would store K tensors like y; here y is
     enough: the gradients are grad p'(y) for y and the sum of grad y^j for c_j."""
+    generate_vmap_rule = True                                # for torch.func
 
     @staticmethod
-    def forward(ctx, y, c):
-        ctx.save_for_backward(y, c)
+    def forward(y, c):
         return horner(y, c)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

@@ -130,6 +130,15 @@ def test_float32_is_enough_for_every_published_setting_at_order_10(a, b):
         assert (filter(s.float()) - p).abs().max() < 1e-5 * p.abs().max()
 
 
+def test_torch_func_and_second_derivatives_see_through_the_filter():
+    filter = agf.JacobiFilter(4, "jacobi", 2, -1.5).double()
+    nn.init.normal_(filter.theta)
+    s = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    one = torch.func.vmap(torch.func.grad(filter))(s)
+    torch.testing.assert_close(one, torch.func.vmap(torch.func.grad(filter.plain))(s))
+    assert torch.autograd.gradgradcheck(filter, (s,))
+
+
 def test_the_filter_starts_as_one_or_as_zero():
     s = torch.rand(5)
     assert torch.equal(agf.JacobiFilter(identity=True)(s), torch.ones(5))
