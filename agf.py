@@ -144,10 +144,10 @@ class Polynomial(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, c = ctx.saved_tensors
-        power, sums = grad.flatten(), [grad.sum()]           # grad y^j and its sum, from j = 0
-        for j in range(1, len(c)):
-            sums.append(torch.dot(power, y.flatten()))
-            power = power * y.flatten() if j + 1 < len(c) else None
+        power, sums = grad, [grad.sum()]                     # grad y^j and its sum, from j = 0
+        for _ in c[1:]:
+            power = power * y
+            sums.append(power.sum())
         slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
         return grad * horner(y, slope), torch.stack(sums)
 
