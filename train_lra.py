@@ -41,7 +41,8 @@ from train_uea import Parser, Stopped, first_line, stop_asked, write
 # The published settings. What is the same for all tasks:
 SETTING = dict(dim=64, depth=2, heads=2, hidden=128, head=128, dropout=0.1, norm="pre", pool="mean",
                basis="jacobi", identity=True, lr=1e-4)
-COLUMNS = ("length", "vocab", "classes", "batch_size", "steps", "warmup", "order", "a", "b", "gamma")
+COLUMNS = ("length", "vocab", "classes", "batch_size", "steps", "warmup",
+           "order", "a", "b", "gamma")
 TASKS = {
     "listops":    (2000, 32, 10, 32, 5000, 1000, 5, 2.0, -1.0, 1e-2),
     "text":       (1024, 512, 2, 32, 20000, 8000, 5, 2.0, -2.0, 1e-2),
@@ -98,9 +99,9 @@ def resolve(args):
     if args.quick:
         setting |= QUICK
     setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
-    lowest = dict(steps=1, batch_size=1, length=1, lr=1e-12, gamma=0)
-    for name, value in ({k: setting[k] for k in lowest} | {"micro_batch": args.micro_batch}).items():
-        low = lowest.get(name, 1)
+    lowest = dict(steps=1, batch_size=1, length=1, lr=1e-12, gamma=0, micro_batch=1)
+    for name, low in lowest.items():
+        value = args.micro_batch if name == "micro_batch" else setting[name]
         if value is not None and not (low <= value < math.inf):
             raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
     if args.seeds < 1 or args.seed < 0:
@@ -139,7 +140,8 @@ def draw_trees(rng, count, low, high, depth=10):
     for level in range(depth):
         n = len(tree)
         operator = rng.random(n, np.float32) < (1 if level == 0 else 0.25 * (level < depth - 1))
-        kind = np.where(operator, rng.integers(10, 14, n, np.uint8), rng.integers(0, 10, n, np.uint8))
+        kind = np.where(operator, rng.integers(10, 14, n, np.uint8),
+                        rng.integers(0, 10, n, np.uint8))
         args = rng.integers(2, 11, n, np.uint8) * operator
         length += np.bincount(tree, minlength=count) + np.bincount(tree[operator], minlength=count)
         levels.append((tree, kind, args))
@@ -223,15 +225,16 @@ class Split:
     tokens: torch.Tensor             # (all tokens,), uint8
     start: torch.Tensor              # (N, documents), where each begins
     size: torch.Tensor               # (N, documents), how long it is, at most --length
+    full: torch.Tensor               # (N, documents), how long it was
     y: torch.Tensor                  # (N,)
     name: str = ""
-    cut: int = 0                     # documents that were longer than --length
 
     def __len__(self):
         return len(self.y)
 
     def rows(self, which):
-        return replace(self, start=self.start[which], size=self.size[which], y=self.y[which])
+        return replace(self, start=self.start[which], size=self.size[which],
+                       full=self.full[which], y=self.y[which])
 
 
 def pack(rows, labels, limit=None):
@@ -245,8 +248,8 @@ def unpack(arrays, length, documents=1):
     stored = np.minimum(arrays["full"], arrays["limit"])
     tensor = lambda x: torch.from_numpy(x.astype(np.int64)).view(-1, documents)
     return Split(torch.from_numpy(np.array(arrays["tokens"])), tensor(np.cumsum(stored) - stored),
-                 tensor(np.minimum(stored, length)), torch.from_numpy(arrays["y"].astype(np.int64)),
-                 cut=int((arrays["full"] > length).sum()))
+                 tensor(np.minimum(stored, length)), tensor(arrays["full"]),
+                 torch.from_numpy(arrays["y"].astype(np.int64)))
 
 
 def even(x, y):
@@ -340,7 +343,8 @@ def read_listops(path):
     if not full:
         raise UserError(f"{path}: holds no samples")
     full = np.concatenate(full)
-    return dict(tokens=np.concatenate(tokens), full=full, y=np.concatenate(labels), limit=full.max())
+    return dict(tokens=np.concatenate(tokens), full=full, y=np.concatenate(labels),
+                limit=full.max())
 
 
 def complain(path, first, lines):
@@ -359,7 +363,8 @@ def complain(path, first, lines):
 def load_listops(args, length):
     name, how = "listops-1000", {}
     if args.quick:
-        name, how = "listops-quick", dict(counts=dict(train=400, val=100, test=100), low=20, high=250)
+        name = "listops-quick"
+        how = dict(counts=dict(train=400, val=100, test=100), low=20, high=250)
     found = locate(args.data_dir, name)
     folder = found or home(args.data_dir) / "lra_release" / name
     if not found and not folder.exists():
@@ -442,8 +447,9 @@ def load_text(args, length):
                  "web.archive.org/web/2023/https://ai.stanford.edu/~amaas/data/sentiment/"
                  "aclImdb_v1.tar.gz", args.data_dir)
     arrays = cached("aclImdb", path, args.data_dir, functools.partial(read_imdb, path))
-    train, test = (unpack({key: arrays[f"{split}_{key}"] for key in
-                           ("tokens", "full", "y", "limit")}, length) for split in ("train", "test"))
+    keys = ("tokens", "full", "y", "limit")
+    train, test = (unpack({key: arrays[f"{split}_{key}"] for key in keys}, length)
+                   for split in ("train", "test"))
     return *dev_from(train, 0.1), test
 
 
@@ -471,7 +477,8 @@ def read_cifar(path):
         if part.startswith("data_batch_") or part == "test_batch":
             try:
                 batch = ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-                red, green, blue = batch[b"data"].reshape(-1, 3, 1024).astype(np.uint32).swapaxes(0, 1)
+                pixels = batch[b"data"].reshape(-1, 3, 1024).astype(np.uint32)
+                red, green, blue = pixels.swapaxes(0, 1)
                 grey = (299 * red + 587 * green + 114 * blue + 500) // 1000
                 found[part] = grey.astype(np.uint8), np.array(batch[b"labels"])
             except Exception as error:       # a damaged or tampered pickle fails in many ways
@@ -505,7 +512,7 @@ def load_image(args, length):
 
 
 def read_pairs(path, length):
-    """label, two ids, two documents, tab-separated -> arrays of 2 N documents, cut to the length."""
+    """label, two ids, two documents, tab-separated -> arrays of 2 N documents, cut."""
     documents, labels, full = [], [], []
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
@@ -539,7 +546,8 @@ def read_pathfinder(folder):
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             fields = line.split()
             if len(fields) < 4 or fields[3] not in ("0", "1"):
-                raise UserError(f"{path}, line {number}: must be folder, file, number, label 0 or 1")
+                raise UserError(f"{path}, line {number}: must be folder, file, number, and a "
+                                f"label 0 or 1")
             image = folder / fields[0] / fields[1]
             try:
                 pixels = np.rint(255 * imread(image)).astype(np.uint8).reshape(32, 32, -1)[..., 0]
@@ -743,10 +751,10 @@ def train(seed, args, setting, splits, device, state, save, log, bar):
         agf.restore(state, model, optimizer)
         s = {key: state[key] for key in s}
     net = model
-    if SIZE > 1:                     # "none" and "uv" leave parameters without a gradient
+    if SIZE > 1:                     # "none" leaves parameters without a gradient
         net = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=args.mixer in ("none", "uv"))
+            find_unused_parameters=args.mixer == "none")
     if args.compile:
         net = torch.compile(net)
 
@@ -871,8 +879,8 @@ def run(args):
     for note in notes:
         say(note)
     for split in splits:
-        if split.cut:
-            say(f"{split.name}: {split.cut} inputs are longer than --length: cut to "
+        if cut := int((split.full > setting["length"]).sum()):
+            say(f"{split.name}: {cut} inputs are longer than --length: cut to "
                 f"{setting['length']} tokens")
     say(f"{name}: {', '.join(f'{len(split)} {split.name}' for split in splits)}, length "
         f"{setting['length']}, {setting['steps']} steps of {setting['batch_size']}")
@@ -924,7 +932,8 @@ def run(args):
         date=time.strftime("%Y-%m-%d"))
     model = load_model(out)[0].to(device)
     train_uea.curves(out, rows, "step", summary, [("dev_accuracy", "dev accuracy")])
-    train_uea.filters(out, model, batch(splits[2], torch.arange(min(64, len(splits[2]))), device)[:2])
+    sample = torch.arange(min(64, len(splits[2])))
+    train_uea.filters(out, model, batch(splits[2], sample, device)[:2])
     write(out / "result.json", json.dumps(summary, indent=2) + "\n")
     (out / "checkpoint.pt").unlink()
     spread = "" if deviation is None else f" +- {100 * deviation:.2f} (std, n = {len(score)})"
