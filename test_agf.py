@@ -1009,7 +1009,7 @@ def test_pathfinder_reads_the_release(tmp_path):
         (folder / "imgs" / str(i)).mkdir(parents=True)
         for j in range(10):
             pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
-            imsave(folder / "imgs" / str(i) / f"sample_{j}.png", pixels, cmap="gray", vmin=0, vmax=255)
+            Image.fromarray(pixels).save(folder / "imgs" / str(i) / f"sample_{j}.png")
             truth[pixels.tobytes()] = j % 2
         (folder / "metadata" / f"{i}.npy").write_text("".join(f"imgs/{i} sample_{j}.png {j} {j % 2} 1.8 6 2.0 5 1.5 14 1 1\n" for j in range(10)))
     splits = train_lra.load_pathfinder(arguments("pathfinder", tmp_path), 1024)

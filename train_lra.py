@@ -562,26 +562,30 @@ def read_pathfinder(folder):
 
 def snakes(rng, count, dashes):
     """Points on dashed curves that bend smoothly and stay inside: (count, dashes, 5, 2)."""
-    found, total = [], 0
-    while total < count:
-        turn = rng.normal(0, 0.35, (2 * count, dashes)).cumsum(1) * 0.6
-        angle = rng.uniform(0, 2 * np.pi, (2 * count, 1)) + turn
-        way = np.stack([np.cos(angle), np.sin(angle)], -1)                   # (.., dashes, 2)
-        begin = rng.uniform(3, 28, (2 * count, 1, 2)) + 2.2 * np.cumsum(way, 1)
-        points = begin[:, :, None] + np.linspace(0, 1.3, 5)[:, None] * way[:, :, None]
-        found.append(points[((points > 1) & (points < 30)).all((1, 2, 3))])
-        total += len(found[-1])
-    return np.concatenate(found)[:count]
+    found = np.empty((0, dashes, 5, 2), np.float32)
+    while len(found) < count:
+        bend = rng.normal(0, 0.25, (count, dashes)).cumsum(1)
+        angle = rng.uniform(0, 2 * np.pi, (count, 1)) + bend
+        way = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)    # (.., dashes, 2)
+        points = 2.0 * way.cumsum(1)[:, :, None] \
+            + np.linspace(0, 1.2, 5, dtype=np.float32)[:, None] * way[:, :, None]
+        low, high = points.min((1, 2), keepdims=True), points.max((1, 2), keepdims=True)
+        fits = (high - low < 26).all((1, 2, 3))
+        place = 2 + rng.random((count, 1, 1, 2), np.float32) * (27 - high + low) - low
+        found = np.concatenate([found, (points + place)[fits]])
+    return found[:count]
 
 
 def draw_images(seed, count):
     """Our own Pathfinder: do the two dots lie on the same dashed curve? -> arrays."""
+    from tqdm import tqdm
     rng, images, labels = np.random.default_rng(seed), [], []
+    bar = tqdm(desc="drawing images", total=count, unit=" images", disable=None)
     while sum(map(len, images)) < count:
         n = 1000
         pair = snakes(rng, 2 * n, 14).reshape(n, 2, 70, 2)
         gap = np.abs(pair[:, 0, ::5, None] - pair[:, 1, None, ::5]).max(-1).min((1, 2))
-        pair = pair[gap > 3]                                         # the two never touch
+        pair = pair[gap > 2]                                         # the two never touch
         n = len(pair)
         other = snakes(rng, 5 * n, 4).reshape(n, 100, 2)             # five distractors each
         near = np.abs(other[:, :, None] - pair.reshape(n, 1, 140, 2)[:, :, ::4]).max(-1).min(2) < 2
@@ -602,6 +606,8 @@ def draw_images(seed, count):
         image[:, :2, :2] = 0                                         # what was too near
         images.append((255 * np.minimum(0.6 * image, 1)).astype(np.uint8).reshape(n, 1024))
         labels.append(y)
+        bar.update(n)
+    bar.close()
     return even(np.concatenate(images)[:count], np.concatenate(labels)[:count])
 
 
