@@ -567,13 +567,19 @@ def snakes(rng, count, dashes):
         bend = rng.normal(0, 0.25, (count, dashes)).cumsum(1)
         angle = rng.uniform(0, 2 * np.pi, (count, 1)) + bend
         way = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)    # (.., dashes, 2)
-        points = 2.0 * way.cumsum(1)[:, :, None] \
-            + np.linspace(0, 1.2, 5, dtype=np.float32)[:, None] * way[:, :, None]
+        points = 2.4 * way.cumsum(1)[:, :, None] \
+            + np.linspace(0, 1, 5, dtype=np.float32)[:, None] * way[:, :, None]
         low, high = points.min((1, 2), keepdims=True), points.max((1, 2), keepdims=True)
         fits = (high - low < 26).all((1, 2, 3))
         place = 2 + rng.random((count, 1, 1, 2), np.float32) * (27 - high + low) - low
         found = np.concatenate([found, (points + place)[fits]])
     return found[:count]
+
+
+def apart(a, b):
+    """Distance of two sets of points, a (n, p, 2) and b (n, q, 2) -> (n,)."""
+    dx, dy = (np.abs(a[:, :, None, i] - b[:, None, :, i]) for i in (0, 1))
+    return np.maximum(dx, dy).min((1, 2))
 
 
 def draw_images(seed, count):
@@ -582,16 +588,26 @@ def draw_images(seed, count):
     rng, images, labels = np.random.default_rng(seed), [], []
     bar = tqdm(desc="drawing images", total=count, unit=" images", disable=None)
     while sum(map(len, images)) < count:
-        n = 1000
-        pair = snakes(rng, 2 * n, 14).reshape(n, 2, 70, 2)
-        gap = np.abs(pair[:, 0, ::5, None] - pair[:, 1, None, ::5]).max(-1).min((1, 2))
-        pair = pair[gap > 2]                                         # the two never touch
+        one, two = snakes(rng, 2000, 14).reshape(2, 1000, 70, 2)
+        partner = np.full(1000, -1)                                  # a second curve far from it
+        for turn in range(12):
+            free = np.flatnonzero(partner < 0)
+            near = (free + turn) % 1000
+            good = apart(one[free, ::2], two[near, ::2]) > 2
+            partner[free[good]] = near[good]
+        pair = np.stack([one, two[partner]], 1)[partner >= 0]        # (n, 2, 70, 2)
         n = len(pair)
-        other = snakes(rng, 5 * n, 4).reshape(n, 100, 2)             # five distractors each
-        near = np.abs(other[:, :, None] - pair.reshape(n, 1, 140, 2)[:, :, ::4]).max(-1).min(2) < 2
-        other[near.reshape(n, 5, 20).any(2).repeat(20, 1)] = 0       # too near: into the corner
+        other = snakes(rng, 5 * n, 4).reshape(5 * n, 20, 2)          # five distractors each
+        curves = pair.reshape(n, 140, 2)[:, ::4].repeat(5, 0)
+        other[apart(other, curves) < 2] = 0                          # too near: into the corner
+        other = other.reshape(n, 100, 2)
         y = rng.integers(2, size=n)
-        dots = np.stack([pair[:, 0, 0], pair[np.arange(n), 1 - y, -1]], 1)   # (n, 2, 2)
+        # The second dot: the other end of the same curve, or the farther end of the other curve, so
+        # that the distance of the dots tells little.
+        ends = np.stack([pair[:, 0, [-1, -1]], pair[:, 1, [0, -1]]], 1)      # (n, 2, 2, 2)
+        farther = np.square(ends - pair[:, None, :1, 0]).sum(-1).argmax(2)   # (n, 2)
+        row, which = np.arange(n), 1 - y
+        dots = np.stack([pair[:, 0, 0], ends[row, which, farther[row, which]]], 1)
         disc = np.stack(np.meshgrid(*2 * [np.linspace(-1, 1, 5)]), -1).reshape(-1, 2)
         dots = (dots[:, :, None] + 1.2 * disc).reshape(n, 50, 2)
         points = np.concatenate([pair.reshape(n, 140, 2), other, dots], 1)
@@ -749,6 +765,8 @@ def train(seed, args, setting, splits, device, state, save, log, bar):
     steps, size, rate = setting["steps"], setting["batch_size"], schedule(setting)
     size = min(size, len(train_split))
     per_epoch, every = len(train_split) // size, max(1, steps // EVALUATIONS)
+    if not args.quick:
+        every = max(every, min(50, steps))       # a short trial is not all evaluation
     lengths = train_split.size.amax(1).numpy()
     mine = len(range(RANK, size, SIZE))                  # this process's share of a batch
     s = dict(step=0, loss=0.0, ortho=0.0, seconds=0.0, tokens=0, best=-1.0, best_step=0,
