@@ -872,9 +872,8 @@ def run(args):
     notes = [QUICK_NOTE] * args.quick + \
         [SYNTHETIC_NOTE] * (args.task == "pathfinder" and (args.synthetic or args.quick))
     name = args.task + "-synthetic" * args.synthetic
-    if SIZE > 1 and args.device == "auto" and torch.cuda.is_available():
-        args.device = f"cuda:{LOCAL}"
-    device, reason = train_uea.pick_device(args.device)
+    one_each = SIZE > 1 and args.device == "auto" and torch.cuda.is_available()
+    device, reason = train_uea.pick_device(f"cuda:{LOCAL}" if one_each else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         device = torch.device("cuda", torch.cuda.current_device())
@@ -936,6 +935,8 @@ def run(args):
             f"({100 * result['test_accuracy_mixers_off']:.2f} with the mixers off), dev "
             f"{100 * result['dev_accuracy']:.2f} % at step {result['best_step']}, "
             f"{result['train_seconds']:.1f} s, {result['tokens_per_second']:,} tokens/s")
+    if SIZE > 1:
+        distributed.destroy_process_group()
     if not first:
         return
 
@@ -1005,7 +1006,8 @@ def main(argv=None):
         print("stopped", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if SIZE == 1:
+        lost = ("peer", "gloo", "nccl", "socket", "connection")
+        if SIZE == 1 or not any(word in str(error).lower() for word in lost):
             raise
         print(f"{who}: another process was lost, so this one ends ({first_line(error)}). Start "
               f"again with --resume RUN", file=sys.stderr)
