@@ -53,7 +53,7 @@ TASKS = {
 QUICK = dict(length=256, batch_size=8, steps=30)
 QUICK_NOTE = "--quick: toy data and a few steps, this number means nothing"
 SYNTHETIC_NOTE = "synthetic images of our own, not comparable with published numbers"
-EVALUATIONS = 20                     # passes over the dev split during a run
+EVALUATIONS = 20                     # passes over the dev split during a run, if 50 steps apart
 
 
 # ------------------------------------------------------------------------------------- options
