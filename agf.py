@@ -36,6 +36,7 @@ Does not include: causal masks, key-value caches, encoder-decoder attention.
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -449,29 +450,37 @@ def choose_device(name="auto"):
     return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
 
 def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.0, amp=False,
-        net=None, after_step=None):
+        net=None, share=1.0, after_step=None):
     """Train `model` from step `start` to `steps` on cross-entropy + gamma * ortho.
 
     batch_at(step) -> (x, keep or None, y): fixed by the step, so that a resumed run sees the same.
+    A list of such parts is one batch in little memory: their gradients add up to the batch's.
     rate(step) -> learning rate. clip: largest gradient norm. amp: bfloat16 autocast.
-    net: a compiled or distributed wrapper of the model.
+    net: a compiled or distributed wrapper of the model. share: this process's samples over the
+    mean of all processes, which DistributedDataParallel averages.
     after_step(number of finished steps, loss, ortho): called with two scalar tensors.
     """
     net, device = model if net is None else net, next(model.parameters()).device
     model.train()
     for step in range(start, steps):
-        x, keep, y = batch_at(step)
+        parts, sums = batch_at(step), [0, 0]
+        parts = parts if isinstance(parts, list) else [parts]
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits, ortho = net(x, keep)
-        loss, ortho = F.cross_entropy(at_least_float32(logits), y), ortho.mean()
-        (loss + gamma * ortho).backward()
+        for i, (x, keep, y) in enumerate(parts):
+            wait = i + 1 < len(parts) and hasattr(net, "no_sync")     # processes meet at the last
+            with net.no_sync() if wait else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    logits, ortho = net(x, keep)
+                weight = share * len(y) / sum(len(part[2]) for part in parts)
+                loss, ortho = F.cross_entropy(at_least_float32(logits), y), ortho.mean()
+                (weight * (loss + gamma * ortho)).backward()
+            sums = [sums[0] + weight * loss.detach(), sums[1] + weight * ortho.detach()]
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         if after_step:
-            after_step(step + 1, loss.detach(), ortho.detach())
+            after_step(step + 1, *sums)
 
 @torch.no_grad()
 def evaluate(model, batches, amp=False):

@@ -8,20 +8,25 @@ import json
 import math
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 import torch
 from torch import nn
 
 import agf
+import train_lra
 import train_uea
 
 HERE = Path(__file__).parent
@@ -536,13 +541,13 @@ def write_toy(folder, name="Toy", n=24, generator=None):
     return folder
 
 
-def uea(*argv):
-    """Call the script in this process: -> (exit status, standard output, standard error)."""
+def uea(*argv, script=train_uea):
+    """Call a script in this process: -> (exit status, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     train_uea.stop_asked.clear()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = train_uea.main([str(a) for a in argv])
+        status = script.main([str(a) for a in argv])
     for s, handler in handlers.items():
         signal.signal(s, handler)
     return status, out.getvalue(), err.getvalue()
@@ -763,3 +768,450 @@ def test_a_run_folder_is_never_overwritten(toy, finished):
 def test_list_names_the_papers_ten_and_what_is_here(toy):
     status, out, _ = uea("--list", "--data-dir", toy)
     assert status == 0 and "Toy" in out and "BasicMotions" in out and all(name in out for name in train_uea.PAPER_SETS)
+
+
+# ------------------------------------------------------------------------------ python train_lra.py
+
+def literal_tree(rng, depth=1):
+    """The official sampler as its paper tells it, node by node: -> nested tuple or digit, length."""
+    if depth == 10 or rng.random() > 0.25:
+        return rng.randrange(10), 1
+    args, length = [], 2
+    for _ in range(rng.randint(2, 10)):
+        arg, n = literal_tree(rng, depth + 1)
+        args.append(arg)
+        length += n
+    return (("MIN", "MAX", "MED", "SM")[rng.randrange(4)], *args), length
+
+
+def official_text(tree):
+    """Nested pairs: each argument, then the closing bracket, is joined to what stands before it."""
+    if isinstance(tree, int):
+        return str(tree)
+    text = f"[{tree[0]}"
+    for part in [*map(official_text, tree[1:]), "]"]:
+        text = f"( {text} {part} )"
+    return text
+
+
+def evaluate_tree(tree):
+    if isinstance(tree, int):
+        return tree
+    args = [evaluate_tree(arg) for arg in tree[1:]]
+    return {"MIN": min, "MAX": max, "MED": lambda v: int(np.median(v)), "SM": lambda v: sum(v) % 10}[tree[0]](args)
+
+
+def parse(text):
+    """Tokens without parentheses -> nested tuple."""
+    stack = [[]]
+    for token in text.replace("(", "").replace(")", "").split():
+        if token.startswith("["):
+            stack.append([token[1:]])
+        elif token == "]":
+            done = tuple(stack.pop())
+            stack[-1].append(done)
+        else:
+            stack[-1].append(int(token))
+    (tree,), = stack
+    return tree
+
+
+def nodes(tree, depth=1):
+    yield tree, depth
+    if isinstance(tree, tuple):
+        for arg in tree[1:]:
+            yield from nodes(arg, depth + 1)
+
+
+def lines_of(seed, count, low, high):
+    return train_lra.draw_trees(np.random.default_rng(seed), count, low, high)
+
+
+def test_listops_targets_are_an_independent_evaluators_and_the_text_is_the_official_form():
+    found = lines_of(1, 300, 500, 2000)
+    assert len(found) > 50 and lines_of(1, 300, 500, 2000) == found
+    for line in found:
+        text, target = line.rstrip("\n").split("\t")
+        tree = parse(text)
+        assert official_text(tree) == text and evaluate_tree(tree) == int(target)
+        assert 500 < len(text.replace("(", "").replace(")", "").split()) < 2000
+        assert max(depth for _, depth in nodes(tree)) <= 10
+
+
+def test_listops_has_the_distribution_of_a_literal_sampler():
+    rng, theirs = random.Random(2), []
+    while len(theirs) < 600:
+        tree, length = literal_tree(rng)
+        if 30 < length < 300:
+            theirs.append(tree)
+    ours = [parse(line.split("\t")[0]) for line in lines_of(3, 5000, 30, 300)][:600]
+    assert len(ours) == 600
+
+    def measures(trees):
+        every = [[(t[0], len(t) - 1) if isinstance(t, tuple) else (t, 0) for t, _ in nodes(tree)] for tree in trees]
+        return dict(length=[sum(1 + (n > 0) for _, n in one) for one in every],
+                    depth=[max(d for _, d in nodes(tree)) for tree in trees],
+                    operators=[sum(n > 0 for _, n in one) for one in every],
+                    target=[evaluate_tree(tree) for tree in trees],
+                    arguments=[n for one in every for _, n in one if n][::7],        # thinned: one tree's
+                    kind=[str(k) for one in every for k, n in one if n][::7],        # nodes go together
+                    root=[tree[0] for tree in trees], digit=[k for one in every for k, n in one if not n][::7])
+    a, b = measures(theirs), measures(ours)
+    for name in a:
+        if name in ("length", "operators"):
+            p = scipy.stats.ks_2samp(a[name], b[name]).pvalue
+        else:
+            values = sorted({*a[name], *b[name]})
+            table = np.array([[x[name].count(v) for v in values] for x in (a, b)])
+            p = scipy.stats.chi2_contingency(table[:, table.sum(0) > 5]).pvalue
+        assert p > 1e-3, (name, p)
+
+
+def test_listops_files_have_exact_counts_share_no_sample_and_depend_on_the_seed_only(tmp_path):
+    how = dict(counts=dict(train=60, val=20, test=20), low=3, high=7)       # so short that draws repeat
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_lra.generate_listops(tmp_path / name, seed=seed, **how)
+    read = lambda name: [(tmp_path / name / f"basic_{s}.tsv").read_text().splitlines() for s in train_lra.COUNTS]
+    splits = read("a")
+    assert [len(s) - 1 for s in splits] == [60, 20, 20] and all(s[0] == "Source\tTarget" for s in splits)
+    assert len({line for s in splits for line in s[1:]}) == 100
+    assert read("b") == splits != read("c")
+    assert train_lra.COUNTS == dict(train=96000, val=2000, test=2000)
+
+
+def test_two_generators_at_once_and_a_full_disk_leave_whole_files_or_none(tmp_path, monkeypatch):
+    how = dict(counts=dict(train=30, val=5, test=5), low=3, high=30)
+    threads = [threading.Thread(target=train_lra.generate_listops, args=(tmp_path / "l" / "x",), kwargs=how) for _ in "12"]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert os.listdir(tmp_path / "l") == ["x"]
+    assert len((tmp_path / "l" / "x" / "basic_train.tsv").read_text().splitlines()) == 31
+
+    def full_disk(**how):
+        yield "( ( ( [MIN 1 ) 2 ) ] )\t1\n"
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train_lra, "listops_lines", full_disk)
+    one_line_error(lra("--task", "listops", "--data-dir", tmp_path / "d", "--out", tmp_path / "r"), "No space left")
+    assert os.listdir(tmp_path / "d" / "lra_release") == [] and not (tmp_path / "r").exists()
+
+
+def test_listops_tokens_come_back_from_the_official_files(tmp_path):
+    found = lines_of(4, 200, 500, 2000)
+    path = tmp_path / "basic_train.tsv"
+    words = [*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
+    for end in ("\n", "\r\n"):
+        path.write_bytes("".join(line.replace("\n", end) for line in ["Source\tTarget\n", *found]).encode())
+        split = train_lra.unpack(train_lra.read_listops(path), 2000)
+        assert len(split) == len(found) and split.y.tolist() == [int(l[-2]) for l in found]
+        x, keep, y = train_lra.batch(split, torch.arange(len(split)), torch.device("cpu"))
+        for row, real, line in zip(x, keep, found):
+            assert [words[i - 1] for i in row[real]] == line.split("\t")[0].replace("(", "").replace(")", "").split()
+    assert not x[~keep].any()
+    assert train_lra.unpack(train_lra.read_listops(path), 600).size.max() == 600
+
+
+HEAD = "Source\tTarget\n"
+FINE = "( ( ( [MIN 1 ) 2 ) ] )\t1\n"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "first line"), (FINE, "first line"), (HEAD, "no samples"), (HEAD + FINE + "( [MIX 2 ) ] )\t1\n", "line 3: unknown token '[MIX'"),
+    (HEAD + "( ( [MIN 12 ) ] )\t1\n", "line 2: unknown token '12'"), (HEAD + FINE + "1 2 x\t1\n", "'x'"),
+    (HEAD + FINE * 2 + "( [MIN 1 ) ] )\t12\n", "line 4"), (HEAD + "( [MIN 1 ) ] )\t-1\n", "'-1'"),
+    (HEAD + "( [MIN 1 ) ] )\n", "line 2"), (HEAD + FINE + "( [MIN 1", "line 3"), (HEAD + "\t1\n", "line 2"), (HEAD + FINE + "\n", "line 3")])
+def test_a_damaged_listops_file_names_the_line(tmp_path, text, words):
+    folder = tmp_path / "lra_release" / "listops-1000"
+    folder.mkdir(parents=True)
+    for split in train_lra.COUNTS:
+        (folder / f"basic_{split}.tsv").write_text(HEAD + FINE)
+    (folder / "basic_val.tsv").write_text(text)
+    one_line_error(lra("--task", "listops", "--data-dir", tmp_path, "--out", tmp_path / "r"), "basic_val.tsv", words)
+    assert not (tmp_path / "r").exists()
+
+
+def tar(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def arguments(task, folder, **more):
+    return train_lra.options(["--task", task, "--data-dir", str(folder), *(f"--{k}={v}" for k, v in more.items())])[0]
+
+
+def test_text_reads_the_official_archive_and_keeps_dev_away_from_test(tmp_path):
+    review = {f"aclImdb/{s}/{c}/{i}_7.txt": f"{s} {c} {'great' * i}".encode() for s in ("train", "test") for c in ("pos", "neg") for i in range(10)}
+    files = review | {"aclImdb/train/unsup/1_0.txt": b"none", "aclImdb/README": b"x", "aclImdb/train/urls_pos.txt": b"x"}
+    path = tar(tmp_path / "aclImdb_v1.tar.gz", files)
+    for _ in range(2):                               # the second time from the cache
+        splits = train_lra.load_text(arguments("text", tmp_path), 30)
+        assert [len(s) for s in splits] == [18, 2, 20] and (tmp_path / "cache" / "aclImdb.npz").exists()
+        read = lambda s: [bytes(x[k].tolist()) for x, k in zip(*train_lra.batch(s, torch.arange(len(s)), torch.device("cpu"))[:2])]
+        texts = [dict(zip(read(s), s.y.tolist())) for s in splits]
+        assert {**texts[0], **texts[1]} == {t[:30]: int(b" pos " in t) for n, t in review.items() if "/train/" in n}
+        assert texts[2] == {t[:30]: int(b" pos " in t) for n, t in review.items() if "/test/" in n}
+        assert int((splits[2].full > 30).sum()) == sum(len(t) > 30 for n, t in review.items() if "/test/" in n)
+    path.write_bytes(path.read_bytes()[:300])        # a broken download, newer than the cache
+    one_line_error(lra("--task", "text", "--data-dir", tmp_path, "--out", tmp_path / "r"), "aclImdb_v1.tar.gz", "not a complete")
+
+
+def cifar(batch, **changes):
+    """The six pickles of the official archive, spelled as Python 2 wrote them."""
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    pickles = {f"cifar-10-batches-py/{n}": pickle.dumps(batch(i), 2).replace(b"numpy._core", b"numpy.core") for i, n in enumerate(names)}
+    return pickles | {"cifar-10-batches-py/batches.meta": b"junk"} | {f"cifar-10-batches-py/{n}": v for n, v in changes.items()}
+
+
+def test_image_reads_the_official_archive_as_grey_and_runs_no_code_from_it(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3, 1024), dtype=np.uint8)
+    batch = lambda i: {b"data": rgb[i].reshape(4, 3072), b"labels": [i, 1, 2, 9], b"filenames": [b"a"] * 4}
+    tar(tmp_path / "cifar-10-python.tar.gz", cifar(batch))
+    train, dev, test = train_lra.load_image(arguments("image", tmp_path), 1024)
+    assert (len(train), len(dev), len(test)) == (18, 2, 4) and test.y.tolist() == [5, 1, 2, 9]
+    x, keep, _ = train_lra.batch(test, torch.arange(4), torch.device("cpu"))
+    assert keep is None and np.abs(x.numpy() - np.einsum("ncp,c->np", rgb[5], [0.299, 0.587, 0.114])).max() <= 0.5 + 1e-9
+    assert sorted(torch.cat([train.y, dev.y]).tolist()) == sorted([*range(5), *[1, 2, 9] * 5])
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    for i, (data, words) in enumerate([(pickle.dumps(Evil(), 2), "asks for"), (b"junk", "data_batch_2"), (pickle.dumps({}), "data_batch_2")]):
+        (tmp_path / str(i)).mkdir()
+        tar(tmp_path / str(i) / "cifar-10-python.tar.gz", cifar(batch, data_batch_2=data))
+        one_line_error(lra("--task", "image", "--data-dir", tmp_path / str(i), "--out", tmp_path / "r"), "data_batch_2", words)
+    assert not (tmp_path / "owned").exists()
+    np.savez(tmp_path / "1" / "cifar10_gray.npz", train_x=x, train_y=test.y, test_x=x, test_y=test.y)     # a converted copy
+    assert [len(s) for s in train_lra.load_image(arguments("image", tmp_path / "1"), 1024)] == [3, 1, 4]
+
+
+def test_retrieval_reads_the_release_and_compares_two_documents_by_one_encoder(tmp_path):
+    folder = tmp_path / "lra_release" / "lra_release" / "tsv_data"
+    folder.mkdir(parents=True)
+    for i, split in enumerate(("train", "eval", "test")):
+        (folder / f"new_aan_pairs.{split}.tsv").write_text("".join(f"{j % 2}.0\tP{j}\tQ{j}\tfirst {split} {j}\tsecond\n" for j in range(i + 3)))
+    splits = train_lra.load_retrieval(arguments("retrieval", tmp_path), 9)
+    assert [len(s) for s in splits] == [3, 4, 5] and splits[1].y.tolist() == [0, 1, 0, 1]
+    x, keep, _ = train_lra.batch(splits[0], torch.tensor([2, 1]), torch.device("cpu"))
+    assert bytes(x[0, 0].tolist()) == b"first tra" and bytes(x[0, 1][keep[0, 1]].tolist()) == b"second"
+    setting = train_lra.resolve(arguments("retrieval", tmp_path, length=9))
+    model = train_lra.build("retrieval", setting, "agf").eval()
+    logits, ortho = model(x, keep)
+    encoder = copy.deepcopy(model)
+    one, two = (agf.AGFTransformer.forward(encoder, x[:, i], keep[:, i])[0] for i in (0, 1))
+    torch.testing.assert_close(logits, model.compare(torch.cat([one, two, one * two, one - two], 1)))
+    assert logits.shape == (2, 2) and ortho.shape == (2,)
+    (folder / "new_aan_pairs.test.tsv").write_text("1.0\tP\tQ\tonly one\n")
+    one_line_error(lra("--task", "retrieval", "--data-dir", tmp_path, "--out", tmp_path / "r"), "new_aan_pairs.test.tsv, line 1")
+
+
+def test_pathfinder_reads_the_release(tmp_path):
+    from PIL import Image                            # comes with matplotlib
+    folder = tmp_path / "lra_release" / "pathfinder32" / "curv_contour_length_14"
+    rng = np.random.default_rng(0)
+    (folder / "metadata").mkdir(parents=True)
+    truth = {}
+    for i in range(2):
+        (folder / "imgs" / str(i)).mkdir(parents=True)
+        for j in range(10):
+            pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "imgs" / str(i) / f"sample_{j}.png")
+            truth[pixels.tobytes()] = j % 2
+        (folder / "metadata" / f"{i}.npy").write_text("".join(f"imgs/{i} sample_{j}.png {j} {j % 2} 1.8 6 2.0 5 1.5 14 1 1\n" for j in range(10)))
+    splits = train_lra.load_pathfinder(arguments("pathfinder", tmp_path), 1024)
+    assert [len(s) for s in splits] == [16, 2, 2]
+    found = {bytes(row.tolist()): int(y) for s in splits for row, y in zip(train_lra.batch(s, torch.arange(len(s)), torch.device("cpu"))[0], s.y)}
+    assert found == truth
+    (folder / "metadata" / "1.npy").write_text("imgs/0 sample_99.png 0 1\n")
+    os.utime(folder / "metadata")
+    one_line_error(lra("--task", "pathfinder", "--data-dir", tmp_path, "--out", tmp_path / "r"), "sample_99.png")
+
+
+def test_synthetic_pathfinder_is_two_dots_on_one_curve_or_two():
+    arrays = train_lra.draw_images(0, 64)
+    again, images = train_lra.draw_images(0, 64), arrays["tokens"].reshape(64, 32, 32)
+    assert (again["tokens"] == arrays["tokens"]).all() and (arrays["full"] == 1024).all() and 16 < arrays["y"].sum() < 48
+    assert (images.reshape(64, -1) == 255).sum(1).min() >= 6 and 0.05 < (images > 60).mean() < 0.5
+
+
+@pytest.mark.parametrize("task, words", [
+    ("retrieval", ("lra_release.gz", "7.7 GB", "new_aan_pairs.train.tsv", "tar -xzf")),
+    ("pathfinder", ("lra_release.gz", "7.7 GB", "curv_contour_length_14", "tar -xzf")),
+    ("text", ("aclImdb_v1.tar.gz", "no route", "ai.stanford.edu", "web.archive.org")),
+    ("image", ("cifar-10-python.tar.gz", "no route", "www.cs.toronto.edu", "web.archive.org"))])
+def test_missing_data_says_what_to_put_where(tmp_path, monkeypatch, task, words):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    one_line_error(lra("--task", task, "--data-dir", tmp_path / "d", "--out", tmp_path / "r"), str(tmp_path / "d"), *words)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **how: Path(path).write_bytes(b"an error page"))
+    one_line_error(lra("--task", "text", "--data-dir", tmp_path, "--out", tmp_path / "r"), "md5", "7c2ac02c03563afcf9b574c7e56c153a")
+    assert os.listdir(tmp_path) == []
+
+
+def lra(*argv):
+    return uea(*argv, script=train_lra)
+
+
+QUICK = ["--quick", "--steps", 6, "--batch-size", 6, "--length", 64, "--dim", 16]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lra")
+    status, out, err = lra("--task", "listops", "--data-dir", folder, "--out", folder / "run", "--seeds", 2, *QUICK)
+    assert status == 0 and out.count("means nothing") == 2, err
+    return folder
+
+
+def test_a_quick_run_leaves_its_whole_folder_and_says_what_it_is_worth(quick):
+    run = quick / "run"
+    assert sorted(os.listdir(run)) == ["config.json", "curves.png", "filters.png", "metrics.jsonl", "model.pt", "result.json"]
+    result = json.loads((run / "result.json").read_text())
+    assert {"dataset", "task", "mixer", "preset", "protocol", "seeds", "epochs", "test_accuracy", "test_accuracy_mean", "test_accuracy_std",
+            "test_accuracy_mixers_off", "train_seconds", "parameters", "device", "versions", "command", "date",
+            "dev_accuracy", "tokens_per_second", "peak_memory_mb", "steps"} <= set(result)
+    assert result["task"] == "listops" and result["steps"] == 6 and "means nothing" in result["notes"][0]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["step"]) for r in rows] == [(s, i) for s in (0, 1) for i in range(1, 7)]
+    assert {"loss", "ortho", "lr", "dev_accuracy", "tokens_per_second", "peak_memory_mb"} <= set(rows[0])
+    assert result["dev_accuracy"] == [max(r["dev_accuracy"] for r in rows if r["seed"] == s) for s in (0, 1)]
+    assert result["best_step"][0] == next(r["step"] for r in rows if r["dev_accuracy"] == result["dev_accuracy"][0])
+    model, parts = train_lra.load_model(run)         # the accuracy again, by hand, from the saved model
+    test = train_lra.load_listops(train_lra.options(["--task", "listops", "--quick", "--data-dir", str(quick)])[0], 64)[2]
+    hits = [(model(*[t[:1] for t in train_lra.batch(test, torch.tensor([i]), torch.device("cpu"), 64)[:2]])[0].argmax() == test.y[i]).item()
+            for i in range(len(test))]
+    assert np.mean(hits) == pytest.approx(result["test_accuracy"][0])
+
+
+@pytest.mark.parametrize("task, flags", [("text", ["--mixer", "softmax"]), ("retrieval", ["--mixer", "usv"]), ("pathfinder", ["--mixer", "none"]),
+                                         ("image", ["--micro-batch", 4])])
+def test_the_other_tasks_run_end_to_end(tmp_path, task, flags):
+    status, out, err = lra("--task", task, "--data-dir", tmp_path, "--out", tmp_path / "r", *QUICK, "--steps", 2, *flags)
+    assert status == 0, err
+    assert ("not comparable" in out) == ("not comparable" in (tmp_path / "r" / "result.json").read_text()) == (task == "pathfinder")
+
+
+def test_a_resumed_lra_run_ends_at_the_same_numbers(quick, tmp_path, monkeypatch):
+    real, seen = agf.save, []
+
+    def save(path, **parts):                         # Ctrl-C in the middle of the second seed
+        real(path, **parts)
+        seen.append(path)
+        if len(seen) == 11:
+            train_uea.stop_asked.append(True)
+    monkeypatch.setattr(agf, "save", save)
+    monkeypatch.setattr(train_uea, "SAVE_EVERY", 0)
+    run = tmp_path / "r"
+    status, _, err = lra("--task", "listops", "--data-dir", quick, "--out", run, "--seeds", 2, *QUICK)
+    assert status == 130 and f"train_lra.py --resume {run}" in err and not (run / "result.json").exists()
+    monkeypatch.undo()
+    status, _, err = lra("--resume", run, "--data-dir", quick)
+    assert status == 0, err
+    one, two = (json.loads((r / "result.json").read_text()) for r in (quick / "run", run))
+    assert all(one[k] == two[k] for k in ("test_accuracy", "dev_accuracy", "best_step", "epochs"))
+    rows = [[{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "peak_memory_mb")}
+             for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (quick / "run", run)]
+    assert rows[0] == rows[1]
+    a, b = agf.load(quick / "run" / "model.pt")["model"], agf.load(run / "model.pt")["model"]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "finished" in lra("--resume", run)[1]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(quick, tmp_path, monkeypatch):
+    real, sizes = agf.AGFTransformer.forward, []
+
+    def forward(self, x, keep=None):
+        if self.training:
+            sizes.append(len(x))
+            if len(x) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(self, x, keep)
+    monkeypatch.setattr(agf.AGFTransformer, "forward", forward)
+    status, out, err = lra("--task", "listops", "--data-dir", quick, "--out", tmp_path / "r", *QUICK, "--dropout", 0, "--seeds", 1)
+    assert status == 0 and "3 samples at once" in out + err and "2 samples at once" in out + err
+    assert sizes == [6, 3] + [2] * 18
+    monkeypatch.undo()
+    lra("--task", "listops", "--data-dir", quick, "--out", tmp_path / "whole", *QUICK, "--dropout", 0)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / r / "metrics.jsonl").read_text().splitlines()] for r in ("r", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# Runs train_lra.py, writes down the gradients of each step before they are clipped, kills a process.
+SPY = """
+import os, sys, torch, train_lra, agf
+seen, real = [], agf.nn.utils.clip_grad_norm_
+def spy(parameters, *rest):
+    parameters = list(parameters)
+    seen.append([p.grad.clone() for p in parameters])
+    torch.save(seen, f"{sys.argv[1]}-{train_lra.RANK}.pt")
+    if train_lra.RANK == 1 and len(seen) == 7:
+        os.kill(os.getpid(), 9)
+    return real(parameters, *rest)
+agf.nn.utils.clip_grad_norm_ = spy
+sys.exit(train_lra.main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_and_a_killed_one_ends_the_job(quick, tmp_path, monkeypatch):
+    """Batches of 7: processes of 4 and 3 samples, in parts of at most 3. Killed in the second seed."""
+    flags = ["--task", "listops", "--data-dir", quick, *QUICK, "--steps", 4, "--batch-size", 7, "--dropout", 0, "--seeds", 2]
+    (tmp_path / "spy.py").write_text(SPY)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "spy.py", tmp_path / "two"]
+    done = subprocess.run([str(c) for c in [*launcher, *flags, "--out", tmp_path / "two", "--micro-batch", 3]], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1"), timeout=200)
+    assert done.returncode != 0 and "process 0: another process was lost" in done.stderr and "--resume" in done.stderr, done.stderr
+    one, real = [], nn.utils.clip_grad_norm_
+
+    def spy(parameters, *rest):
+        parameters = list(parameters)
+        one.append([p.grad.clone() for p in parameters])
+        return real(parameters, *rest)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    assert lra(*flags, "--out", tmp_path / "one")[0] == 0
+    two, other = (torch.load(tmp_path / f"two-{rank}.pt") for rank in (0, 1))
+    assert len(one) == 8 and len(two) >= len(other) == 7
+    for step in (0, 4):                              # the first of each seed: equal weights, so equal gradients
+        for a, b, c in zip(one[step], two[step], other[step]):
+            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-9 and torch.equal(b, c)
+    status, _, err = lra("--resume", tmp_path / "two")
+    assert status == 0, err
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two")]
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "listop"], "listop"), ([], "which task"), (["--task", "text", "--synthetic"], "--synthetic"), (["--steps", 0], "--steps"),
+    (["--heads", 3], "heads must divide"), (["--a", -2, "--b", -1], "a=-2"), (["--lr", "nan"], "--lr"), (["--length", 0], "--length"),
+    (["--micro-batch", 0], "--micro-batch"), (["--seeds", 0], "--seeds"), (["--device", "warp"], "warp"), (["--dropout", 2], "dropout"),
+    (["--out", "/dev/null/run"], "/dev/null/run"), (["--resume", "nowhere"], "nowhere"), (["--mixer", "agff"], "agff")])
+def test_a_mistaken_option_of_train_lra_gets_one_clear_line(quick, tmp_path, flags, words):
+    task = [] if words == "which task" or "--resume" in flags else ["--task", "listops", *QUICK]
+    one_line_error(lra(*task, "--data-dir", quick, "--out", tmp_path / "r", *flags), words)
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_lra_settings_and_schedule_are_the_published_ones():
+    setting = {task: train_lra.resolve(arguments(task, "data")) for task in train_lra.TASKS}
+    assert [setting[t]["length"] for t in train_lra.TASKS] == [2000, 1024, 4000, 1024, 1024]
+    assert [(s["order"], s["a"], s["b"], s["gamma"]) for s in setting.values()] == [
+        (5, 2, -1, 1e-2), (5, 2, -2, 1e-2), (5, 2, -1.5, 1e-4), (6, 1.5, 2, 0.1), (4, 1.5, -1, 1e-4)]
+    assert [(s["steps"], s["warmup"], s["batch_size"]) for s in setting.values()] == [
+        (5000, 1000, 32), (20000, 8000, 32), (30000, 800, 32), (35000, 175, 256), (62400, 312, 256)]
+    for task, s in setting.items():
+        model = train_lra.build(task, s, "agf")
+        assert model.config.dim == 64 and model.config.heads == 2 and model.config.identity and s["lr"] == 1e-4
+        mine, optimizer = train_lra.schedule(s), torch.optim.SGD(model.parameters(), lr=1)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, s["lr"], s["steps"] + 1, pct_start=(s["warmup"] + 1) / (s["steps"] + 1),
+                                                     anneal_strategy="linear", cycle_momentum=False)
+        for step in range(200):
+            assert theirs.get_last_lr()[0] == pytest.approx(mine(step), rel=0.02)
+            optimizer.step()
+            theirs.step()

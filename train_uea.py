@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -417,7 +418,7 @@ def run(args):
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     if not args.resume:
         prepare(out, dict(command=command_line(), options=vars(args), setting=setting,
-                          model=agf.asdict(config), versions=versions()))
+                          model=agf.asdict(config), versions=versions("aeon")))
     print(f"{args.dataset}: {len(train_split[2])} train, {len(test_split[2])} test series, "
           f"{config.channels} channels, length {config.length} -> {config.tokens} tokens, "
           f"{config.classes} classes")
@@ -455,7 +456,7 @@ def run(args):
         test_accuracy_mean=score.mean().item(), test_accuracy_std=deviation,
         test_accuracy_mixers_off=column("test_accuracy_mixers_off"),
         train_seconds=column("train_seconds"), parameters=parameters, device=f"{device} ({reason})",
-        versions=versions(), command=json.loads((out / "config.json").read_text())["command"],
+        versions=versions("aeon"), command=json.loads((out / "config.json").read_text())["command"],
         date=time.strftime("%Y-%m-%d"))
     if args.protocol == "paper":
         summary["best_test_accuracy"] = column("best_test_accuracy")
@@ -463,7 +464,8 @@ def run(args):
         best = torch.tensor(column("best_test_accuracy")).mean()
         print(f"best epoch on the test split: {100 * best:.2f} % (optimistic: chosen on it)")
     model = load_model(out)[0].to(device)
-    pictures(out, rows, model, test_split, device, summary)
+    curves(out, rows, "epoch", summary)
+    filters(out, model, next(batches(test_split, 64, device)))
     write(out / "result.json", json.dumps(summary, indent=2) + "\n")
     (out / "checkpoint.pt").unlink()
     spread = "" if deviation is None else f" +- {100 * deviation:.2f} (std, n = {len(score)})"
@@ -484,10 +486,9 @@ def command_line():
     return shlex.join(["python", *sys.argv])
 
 
-def versions():
-    import aeon
+def versions(*more):
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                aeon=aeon.__version__)
+                **{name: metadata.version(name) for name in more})
 
 
 def write(path, text):
@@ -509,39 +510,48 @@ def prepare(out, config):
 
 # ------------------------------------------------------------------------------------ pictures
 
-def pictures(out, rows, model, test_split, device, summary):
-    """curves.png, and filters.png: p(s) of each layer and the singular values of test data."""
+def pyplot():
     import matplotlib
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")                         # files, no window
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for seed in summary["seeds"]:
-        mine = [r for r in rows if r["seed"] == seed]
-        epochs = [r["epoch"] for r in mine]
-        left.plot(epochs, [r["loss"] for r in mine], color="#0072B2", alpha=0.7)
-        right.plot(epochs, [r["ortho"] for r in mine], color="#D55E00", alpha=0.7)
-    left.set(xlabel="epoch", ylabel="train cross-entropy (nats)", yscale="log")
-    right.set(xlabel="epoch", ylabel="orthogonality loss")
+    return plt
+
+
+def curves(out, rows, time, summary, more=()):
+    """curves.png: losses against rows[..][time], and `more` panels as (key, label)."""
+    panels = [("loss", "train cross-entropy (nats)"), ("ortho", "orthogonality loss"), *more]
+    colours = ("#0072B2", "#D55E00", "#009E73")
+    fig, axes = pyplot().subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2),
+                                  layout="constrained")
+    for ax, (key, label), colour in zip(axes, panels, colours):
+        for seed in summary["seeds"]:
+            mine = [r for r in rows if r["seed"] == seed]
+            ax.plot([r[time] for r in mine], [r[key] for r in mine], color=colour, alpha=0.7)
+        ax.set(xlabel=time, ylabel=label, yscale="log" if key == "loss" else "linear")
     fig.suptitle(f"{summary['dataset']}, {summary['mixer']}: test accuracy "
                  f"{100 * summary['test_accuracy_mean']:.1f} %, {len(summary['seeds'])} seed(s)")
     save_figure(fig, out / "curves.png")
 
-    filters = [block.mixer for block in model.blocks if hasattr(block.mixer, "filter")]
-    if not filters:
+
+def filters(out, model, batch):
+    """filters.png: p(s) of each layer, and the singular values s at the real tokens of a batch."""
+    mixers = [block.mixer for block in model.blocks if hasattr(block.mixer, "filter")]
+    if not mixers:
         return
     seen = []                                     # s at the real tokens, layer by layer
 
     def look(mixer, inputs):
         s = mixer.factors(*inputs)[1]             # (B, h, n, d)
-        seen.append(s.transpose(1, 2)[inputs[1]].flatten().cpu().numpy())
-    hooks = [mixer.register_forward_pre_hook(look) for mixer in filters]
-    agf.evaluate(model, list(batches(test_split, 64, device))[:1])
+        real = slice(None) if inputs[1] is None else inputs[1]
+        seen.append(s.transpose(1, 2)[real].flatten().cpu().numpy())
+    hooks = [mixer.register_forward_pre_hook(look) for mixer in mixers]
+    agf.evaluate(model, [batch])
     for hook in hooks:
         hook.remove()
-    fig, axes = plt.subplots(1, len(filters), figsize=(4.5 * len(filters), 3.2), sharey=True,
-                             layout="constrained", squeeze=False)
-    grid = torch.linspace(0, 1, 201, device=device)
-    for i, (ax, mixer, s) in enumerate(zip(axes[0], filters, seen)):
+    fig, axes = pyplot().subplots(1, len(mixers), figsize=(4.5 * len(mixers), 3.2), sharey=True,
+                                  layout="constrained", squeeze=False)
+    grid = torch.linspace(0, 1, 201, device=batch[0].device)
+    for i, (ax, mixer, s) in enumerate(zip(axes[0], mixers, seen)):
         ax.axhline(0, color="0.8", lw=0.8)
         ax.plot(grid.cpu(), mixer.filter(grid).detach().cpu(), color="black", label="learned p(s)")
         bins = ax.twinx()
@@ -557,10 +567,9 @@ def pictures(out, rows, model, test_split, device, summary):
 
 
 def save_figure(fig, path):
-    import matplotlib.pyplot as plt
     fig.savefig(f"{path}.part", format="png", dpi=120)
     os.replace(f"{path}.part", path)
-    plt.close(fig)
+    pyplot().close(fig)
 
 
 # ------------------------------------------------------------------------------ predict, list, main
