@@ -372,7 +372,7 @@ def test_models_work_in_pure_float64_and_bfloat16(name):
 
 @pytest.mark.parametrize("name", list(agf.MIXERS))
 def test_the_model_compiles_without_a_graph_break(name):
-    model = agf.AGFTransformer(small(mixer=name))
+    model = agf.AGFTransformer(small(mixer=name, depth=1))
     x, keep = torch.randn(2, 20, 2), random_keep(2, 20)
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
