@@ -314,6 +314,8 @@ class AGFConfig:
         for name in ("classes", "length", "channels", "depth", "hidden", "kernel", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.zero_init and not self.identity:
+            raise ValueError("zero_init needs identity: p = 0 and a zero out_proj never learn")
         if self.kernel % 2 == 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"kernel must be odd and dropout in [0, 1), got {self.kernel} and "
                              f"{self.dropout}")

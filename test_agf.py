@@ -446,7 +446,7 @@ def test_models_copy_pickle_and_round_trip_their_state(mixer, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(heads=3), "heads must divide"), (dict(norm="mid"), "mid"), (dict(mixer="agff"), "agff"),
-    (dict(depth=0), "depth"), (dict(kernel=4), "kernel"), (dict(dropout=1.0), "dropout"), (dict(pool="max"), "max")])
+    (dict(depth=0), "depth"), (dict(kernel=4), "kernel"), (dict(dropout=1.0), "dropout"), (dict(pool="max"), "max"), (dict(zero_init=True, identity=False), "identity")])
 def test_an_impossible_configuration_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
         small(**changes)
