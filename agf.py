@@ -171,7 +171,8 @@ def orthogonality_loss(U, V, keep=None):
         mean |U^T U - I| + mean |V^T V - I|     over the d x d entries, averaged over heads
 
     Padded tokens (keep False) do not count. It cannot reach 0: entries of U and V are positive.
-    U^T U grows with n, so the same gamma weighs more on longer sequences.
+    U^T U grows with n, so the same gamma weighs more on longer sequences; but once every column of
+    U has length 1 or more (n near d^2), the part of U has no gradient left (notebook 02).
     """
     with torch.autocast(U.device.type, enabled=False):       # float32, under autocast too
         if keep is not None:
