@@ -67,28 +67,14 @@ def options(argv):
     g.add_argument("--data-dir", default="data", metavar="DIR",
                    help="holds the official archives or lra_release (default: data)")
     g.add_argument("--out", metavar="DIR", help="run folder (default: runs/TASK-TIME)")
-    g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, same numbers")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    g.add_argument("--seeds", type=int, default=1, metavar="N",
-                   help="train N times, report mean and standard deviation (default: 1)")
-    g.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default: 0)")
-    g.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    train_uea.run_options(g)
     g.add_argument("--micro-batch", type=int, metavar="N",
                    help="samples in memory at once; their gradients add up (default: all)")
     g = p.add_argument_group("recipe and model (default: the published setting of the task)")
-    for name, kind, text in [
-            ("steps", int, "training steps"), ("batch-size", int, "samples in a step, in all"),
-            ("length", int, "longest input, in tokens"), ("lr", float, "peak learning rate"),
-            ("dropout", float, "share of values dropped"),
-            ("gamma", float, "weight of the orthogonality loss"), ("dim", int, "width of a token"),
-            ("depth", int, "number of blocks"),
-            ("heads", int, "number of heads, divides the width"),
-            ("order", int, "degree K of the filter"), ("a", float, "Jacobi parameter"),
-            ("b", float, "Jacobi parameter")]:
-        g.add_argument(f"--{name}", type=kind, help=text)
-    g.add_argument("--mixer", choices=list(agf.MIXERS), default="agf",
-                   help="agf, its ablations uv (Sigma = 1) and usv (p(s) = s), softmax, or none")
-    g.add_argument("--basis", choices=agf.BASES)
+    train_uea.add_numbers(g, [("steps", int, "training steps"),
+                              ("batch-size", int, "samples in a step, in all"),
+                              ("length", int, "longest input, in tokens")])
+    train_uea.model_options(g)
     return p.parse_args(argv), p
 
 
@@ -99,11 +85,8 @@ def resolve(args):
     if args.quick:
         setting |= QUICK
     setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
-    lowest = dict(steps=1, batch_size=1, length=1, lr=1e-12, gamma=0, micro_batch=1)
-    for name, low in lowest.items():
-        value = args.micro_batch if name == "micro_batch" else setting[name]
-        if value is not None and not (low <= value < math.inf):
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
+    train_uea.check_lowest(setting | dict(micro_batch=args.micro_batch), steps=1, batch_size=1,
+                           length=1, lr=1e-12, gamma=0, micro_batch=1)
     if args.seeds < 1 or args.seed < 0:
         raise UserError(f"--seeds must be at least 1, --seed at least 0: {args.seeds}, {args.seed}")
     if args.synthetic and args.task != "pathfinder":

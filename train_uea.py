@@ -69,6 +69,43 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def run_options(g):
+    """What both scripts ask about a run."""
+    g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, same numbers")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    g.add_argument("--seeds", type=int, default=1, metavar="N",
+                   help="train N times, report mean and standard deviation (default: 1)")
+    g.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default: 0)")
+    g.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+
+
+def model_options(g):
+    """What both scripts ask about the recipe and the model; not given = the preset's value."""
+    g.add_argument("--mixer", choices=list(agf.MIXERS), default="agf",
+                   help="agf, its ablations uv (Sigma = 1) and usv (p(s) = s), softmax, or none")
+    add_numbers(g, [("lr", float, "peak learning rate"),
+                    ("dropout", float, "share of values dropped"),
+                    ("gamma", float, "weight of the orthogonality loss"),
+                    ("dim", int, "width of a token"), ("depth", int, "number of blocks"),
+                    ("heads", int, "number of heads, divides the width"),
+                    ("order", int, "degree K of the filter"), ("a", float, "Jacobi parameter"),
+                    ("b", float, "Jacobi parameter")])
+    g.add_argument("--basis", choices=agf.BASES)
+
+
+def add_numbers(g, rows):
+    for name, kind, text in rows:
+        g.add_argument(f"--{name}", type=kind, help=text)
+
+
+def check_lowest(setting, **lowest):
+    """Refuse a number below its lowest value, and NaN. None = not given."""
+    for name, low in lowest.items():
+        value = setting[name]
+        if value is not None and not (low <= value < math.inf):
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
+
+
 def options(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what to run")
@@ -77,39 +114,23 @@ def options(argv):
     g.add_argument("--data-dir", default="data", metavar="DIR",
                    help="first place for NAME/NAME_TRAIN.ts, downloads go there (default: data)")
     g.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-TIME)")
-    g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, same numbers")
     g.add_argument("--predict", metavar="FILE.ts", help="classify new series, CSV to standard out")
     g.add_argument("--checkpoint", metavar="RUN", help="the run folder (or model.pt) for --predict")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    g.add_argument("--seeds", type=int, default=1, metavar="N",
-                   help="train N times, report mean and standard deviation (default: 1)")
-    g.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default: 0)")
-    g.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    run_options(g)
     g = p.add_argument_group("recipe (default: the chosen preset's)")
     g.add_argument("--preset", choices=["compact", "paper"], default="compact",
                    help="compact: one recipe for all sets; paper: the set's published setting")
     g.add_argument("--protocol", choices=["honest", "paper"], default="honest",
                    help="paper: also report the best epoch on the TEST split (optimistic)")
-    for name, kind, text in [
-            ("epochs", int, "passes over the train split"), ("batch-size", int, "series in a step"),
-            ("lr", float, "peak learning rate"), ("dropout", float, "share of values dropped"),
-            ("augment", float, "strength of time warp, scaling and noise; 0 = none"),
-            ("mixup", float, "blend pairs of series by Beta(m, m); 0 = none"),
-            ("gamma", float, "weight of the orthogonality loss")]:
-        g.add_argument(f"--{name}", type=kind, help=text)
-    g = p.add_argument_group("model (default: the chosen preset's)")
-    g.add_argument("--mixer", choices=list(agf.MIXERS), default="agf",
-                   help="agf, its ablations uv (Sigma = 1) and usv (p(s) = s), softmax, or none")
-    for name, kind, text in [
-            ("dim", int, "width of a token"), ("depth", int, "number of blocks"),
-            ("heads", int, "number of heads, divides the width"),
-            ("kernel", int, "time steps seen by one token; 1 = one"),
-            ("max-tokens", int, "stride the embedding to have at most so many; 0 = no stride"),
-            ("order", int, "degree K of the filter"), ("a", float, "Jacobi parameter"),
-            ("b", float, "Jacobi parameter")]:
-        g.add_argument(f"--{name}", type=kind, help=text)
+    add_numbers(g, [("epochs", int, "passes over the train split"),
+                    ("batch-size", int, "series in a step"),
+                    ("augment", float, "strength of time warp, scaling and noise; 0 = none"),
+                    ("mixup", float, "blend pairs of series by Beta(m, m); 0 = none")])
+    g = p.add_argument_group("recipe and model (default: the chosen preset's)")
+    model_options(g)
+    add_numbers(g, [("kernel", int, "time steps seen by one token; 1 = one"),
+                    ("max-tokens", int, "stride to have at most so many tokens; 0 = no stride")])
     g.add_argument("--zero-init", type=int, choices=[0, 1], help="mixers start at zero output")
-    g.add_argument("--basis", choices=agf.BASES)
     g.add_argument("--pool", choices=["mean", "flatten", "first"])
     return p.parse_args(argv), p
 
@@ -125,11 +146,8 @@ def resolve(args):
         names = ("basis", "order", "a", "b", "gamma", "identity")
         setting = PAPER | dict(zip(names, filter_setting)) | extra
     setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
-    lowest = dict(epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, mixup=0, max_tokens=0)
-    for name, low in lowest.items():
-        value = setting[name]
-        if value is not None and not (low <= value < math.inf):
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low:g}, got {value:g}")
+    check_lowest(setting, epochs=1, batch_size=1, lr=1e-12, gamma=0, augment=0, mixup=0,
+                 max_tokens=0)
     if args.seeds < 1 or args.seed < 0:
         raise UserError(f"--seeds must be at least 1, --seed at least 0: {args.seeds}, {args.seed}")
     return setting
