@@ -30,7 +30,9 @@ Glossary
 Differs from the paper: in no equation. Where the paper is silent we follow the official code (tanh
 on theta, theta_0 = 1, scale of the orthogonality loss).
 Differs from the official code: padding is masked everywhere, so adding padded tokens changes no
-result. The polynomial is evaluated by Horner's rule; `JacobiFilter.plain` is the printed form.
+result. The polynomial (Horner's rule) and the mixer's products have gradients written by hand, for
+speed. `plain` of JacobiFilter and AGFAttention is the printed form, with the same numbers; only it
+bears torch.func and second derivatives.
 Does not include: causal masks, key-value caches, encoder-decoder attention.
 """
 
@@ -42,6 +44,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # 1. The basis and the filter ----------------------------------------------------------------
 
@@ -127,36 +130,35 @@ class JacobiFilter(nn.Module):
         if self.order > 12:                                  # large powers cancel too much
             return self.plain(s)
         M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)
-        return Polynomial.apply(2 * s - 1, (theta[:, None] * M).sum(0))
+        return Polynomial.apply(s, (theta[:, None] * M).sum(0))
 
 class Polynomial(torch.autograd.Function):
-    """p(y) = sum_j c_j y^j, elementwise. Autograd alone would store K tensors like y; here y is
-    enough: the gradients are grad p'(y) for y and the sum of grad y^j for c_j."""
-    generate_vmap_rule = True                                # for torch.func
+    """p(y) = sum_j c_j y^j at y = 2s - 1, elementwise. Autograd alone would store K tensors like s;
+    here s is enough: the gradients are 2 grad p'(y) for s and the sum of grad y^j for c_j."""
 
     @staticmethod
-    def forward(y, c):
-        return horner(y, c)
+    def forward(ctx, s, c):
+        ctx.save_for_backward(s, c)
+        return horner(2 * s - 1, c)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        y, c = ctx.saved_tensors
-        power, sums = grad, [grad.sum()]                     # grad y^j and its sum, from j = 0
+        s, c = ctx.saved_tensors
+        y = 2 * s - 1
+        slope = 2 * c[1:] * torch.arange(1, len(c), device=c.device)        # dp/ds
+        into_s = horner(y, slope).mul_(grad)
+        power, sums = grad * y, [grad.sum()]                 # grad y^j and its sum, from j = 0
         for _ in c[1:]:
-            power = power * y
             sums.append(power.sum())
-        slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
-        return grad * horner(y, slope), torch.stack(sums)
+            power.mul_(y)
+        return into_s, torch.stack(sums)
 
 def horner(y, c):
-    """c_0 + y (c_1 + y (c_2 + ...)): one multiply-add for each degree."""
-    p = c[-1]
+    """c_0 + y (c_1 + y (c_2 + ...)), in one buffer: a new tensor for each degree costs more."""
+    p = torch.empty_like(y).copy_(c[-1])
     for j in range(len(c) - 2, -1, -1):
-        p = torch.addcmul(c[j], p, y)
+        p.mul_(y).add_(c[j])
     return p
 
 def at_least_float32(x):
@@ -178,15 +180,10 @@ def orthogonality_loss(U, V, keep=None):
         if keep is not None:
             hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
             U, V = U.masked_fill(hide, 0), V.masked_fill(hide, 0)
-        U, V = split_heads(at_least_float32(U)), split_heads(at_least_float32(V))
-        eye = torch.eye(U[0].shape[-1], dtype=U[0].dtype, device=U[0].device)
-        gap = sum((u.mT @ u - eye).abs() + (v.mT @ v - eye).abs() for u, v in zip(U, V))
-        return gap.mean(dim=(1, 2)) / len(U)                 # (B, d, d) -> (B,)
-
-def split_heads(x):
-    """(B, h, n, d) -> h views (B, n, d). The heads of a token lie side by side in memory: a product
-    of two views is one batched call, a product of the whole tensors would first copy them."""
-    return x.transpose(1, 2).unbind(2)
+        U, V = at_least_float32(U), at_least_float32(V)
+        eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
+        gap = (U.mT @ U - eye).abs() + (V.mT @ V - eye).abs()               # (B, h, d, d)
+        return gap.mean(dim=(1, 2, 3))                       # (B,)
 
 # 3. The mixers: forward(x, keep=None) -> (out, ortho), that is (B, n, D) -> (B, n, D), (B,) -----
 
@@ -202,30 +199,93 @@ class AGFAttention(nn.Module):
         self.filter = filter or JacobiFilter(order, basis, a, b, identity)
 
     def factors(self, x, keep=None):
-        """x (B, n, D) -> U, s, V, value, each (B, h, n, d)."""
-        B, n, D = x.shape
-        proj = self.in_proj(hide_padding(x, keep))           # (B, n, 4D)
-        U, s, V, value = proj.view(B, n, 4, self.heads, -1).unbind(2)       # each (B, n, h, d)
+        """x (B, n, D) -> U, s, V, value, each (B, h, n, d). U and V are 0 at padded tokens."""
+        x = hide_padding(x, keep)
+        # Four maps, not one and a split: each result is contiguous, which saves copies later.
+        maps = zip(self.in_proj.weight.chunk(4), self.in_proj.bias.chunk(4))
+        U, s, V, value = (F.linear(x, W, b).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+                          for W, b in maps)                  # each (B, h, n, d)
         U = at_least_float32(U).softmax(-1)                  # over features: rows of U sum to 1
         s = at_least_float32(s).sigmoid()                    # in (0, 1)
         V = at_least_float32(V)
-        if keep is not None:     # the lowest number, not -inf: a fully padded row must not be 0/0
-            V = V.masked_fill(~keep[:, :, None, None], torch.finfo(V.dtype).min)
-        V = V.softmax(1)                                     # over tokens: columns of V sum to 1
-        return tuple(part.transpose(1, 2) for part in (U, s, V, value))     # each (B, h, n, d)
+        if keep is None:
+            return U, s, V.softmax(2), value                 # over tokens: columns of V sum to 1
+        hide = ~keep[:, None, :, None]                       # (B, 1, n, 1)
+        # The lowest number, not -inf: a fully padded row must not be 0/0.
+        V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(2)
+        return U.masked_fill(hide, 0), s, V.masked_fill(hide, 0), value
+
+    def plain(self, x, keep=None):
+        """The definition, word for word."""
+        U, s, V, value = self.factors(x, keep)
+        left, right = (U * self.filter(s)).to(value.dtype), V.to(value.dtype)
+        out = left @ (right.mT @ value)                      # V^T value is d x d: linear in n
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, h, n, d) -> (B, n, D)
+        return hide_padding(out, keep), orthogonality_loss(U, V)
 
     def forward(self, x, keep=None):
+        """The same numbers as plain(), faster. torch.compile is better at plain() itself."""
+        if torch.compiler.is_compiling():
+            return self.plain(x, keep)
         U, s, V, value = self.factors(x, keep)
-        left = (U * self.filter(s)).to(value.dtype)          # U * p(s)
-        heads = zip(split_heads(left), split_heads(V.to(value.dtype)), split_heads(value))
-        out = torch.cat([l @ (v.mT @ w) for l, v, w in heads], -1)          # V^T value is d x d
-        out = hide_padding(self.out_proj(out), keep)         # (B, n, D)
-        return out, orthogonality_loss(U, V, keep)
+        with torch.autocast(x.device.type, enabled=False):   # Products chooses its types itself
+            out, ortho = Products.apply(U, self.filter(s), V, value)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, h, n, d) -> (B, n, D)
+        return hide_padding(out, keep), ortho
 
     def matrix(self, x, keep=None):
         """The attention matrix that forward() never builds: (U * p(s)) V^T, (B, h, n, n)."""
         U, s, V, _ = self.factors(x, keep)
         return (U * self.filter(s)) @ V.mT
+
+class Products(torch.autograd.Function):
+    """U, p, V, value, each (B, h, n, d) -> (U * p) (V^T value), the same shape, and ortho (B,).
+
+    With M = V^T value, L = U * p and G the gradient of the output, the gradients are
+
+        dL = G M^T,   dp = dL * U,   dU = dL * p + w U sign(U^T U - I),
+        dM = L^T G,   dvalue = V dM,   dV = value dM^T + w V sign(V^T V - I),
+
+    w = 2 / (h d^2) times the gradient of ortho. Why by hand: the heads of a token lie side by side
+    in memory. Autograd would copy them apart and together; here each product is written in place.
+    """
+
+    @staticmethod
+    def forward(ctx, U, p, V, value):
+        h, d = value.shape[1], value.shape[3]
+        eye, ortho, small = torch.eye(d, dtype=U.dtype, device=U.device), 0, []
+        for i in range(h):                                   # the loss in float32, as U and V are
+            gaps = [T[:, i].mT @ T[:, i] - eye for T in (U, V)]             # (B, d, d) each
+            ortho = ortho + sum(gap.abs().mean((1, 2)) for gap in gaps) / h
+            small += [gap.sign_() for gap in gaps]
+        U, p, V = (T.to(value.dtype) for T in (U, p, V))
+        left, out = U * p, torch.empty_like(value)
+        for i in range(h):
+            small.append(V[:, i].mT @ value[:, i])           # (B, d, d)
+            put(out, i, left, small[-1])
+        ctx.save_for_backward(U, p, V, value, *small)
+        return out, ortho
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, G, dortho):
+        U, p, V, value, *small = ctx.saved_tensors
+        h, d = value.shape[1], value.shape[3]
+        left, w = U * p, (2 / (h * d * d) * dortho).to(U.dtype)[:, None, None]
+        dleft, dU, dV, dvalue = (torch.empty_like(value) for _ in range(4))
+        for i in range(h):
+            signU, signV, M = small[2 * i], small[2 * i + 1], small[2 * h + i]
+            dM = left[:, i].mT @ G[:, i]                     # (B, d, d)
+            put(dleft, i, G, M.mT)
+            put(dvalue, i, V, dM)
+            put(dV, i, value, dM.mT)
+            put(dV, i, V, w * signV.to(w.dtype), add=True)
+            put(dU, i, U, w * signU.to(w.dtype))
+        return dU.addcmul_(dleft, p), dleft * U, dV, dvalue
+
+def put(out, i, x, small, add=False):
+    """out_i = x_i small for head i, without a temporary: (B, h, n, d), small (B, d, d)."""
+    out[:, i].baddbmm_(x[:, i], small, beta=int(add))
 
 class SoftmaxAttention(nn.Module):
     """Ordinary multi-head self-attention, the baseline. Its cost is quadratic in n."""
