@@ -22,7 +22,6 @@ import signal
 import statistics
 import sys
 import tarfile
-import tempfile
 import time
 import zlib
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from tqdm import tqdm
 import agf
 import train_uea
 from agf import UserError
-from train_uea import Parser, Stopped, first_line, stop_asked
+from train_uea import Parser, Stopped, first_line, stop_asked, whole
 
 # The published settings. What is the same for all tasks:
 SETTING = dict(dim=64, depth=2, heads=2, hidden=128, head=128, dropout=0.1, norm="pre", pool="mean",
@@ -51,6 +50,7 @@ TASKS = {
     "pathfinder": (1024, 512, 2, 256, 62400, 312, 4, 1.5, -1.0, 1e-4),
 }
 QUICK = dict(length=256, batch_size=8, steps=30)
+QUICK_LISTOPS = dict(counts=dict(train=400, val=100, test=100), low=20, high=250)
 QUICK_NOTE = "--quick: toy data and a few steps, this number means nothing"
 SYNTHETIC_NOTE = "synthetic images of our own, not comparable with published numbers"
 EVALUATIONS = 20                     # passes over the dev split during a run, if 50 steps apart
@@ -159,19 +159,6 @@ def generate_listops(folder, counts=COUNTS, **how):
 
 # --------------------------------------------------------------------------- samples and splits
 
-@contextlib.contextmanager
-def whole(path):
-    """A place to write a file or folder that then goes to `path`: all of it, or nothing stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
-        yield Path(folder, path.name)
-        try:
-            os.replace(Path(folder, path.name), path)
-        except OSError:
-            if not path.exists():    # else another process was faster
-                raise
-
-
 @dataclass
 class Split:
     """Sequences side by side in one row of bytes. Retrieval has two documents in a sample."""
@@ -217,7 +204,10 @@ def read_npz(path, *keys):
 
 def cached(data_dir, name, length, source, samples):
     """The samples, packed, and kept as cache/NAME-LENGTH.npz until their source file changes."""
-    path = Path(data_dir, "cache", f"{name}-{length}.npz")
+    home = Path(data_dir)
+    if home.exists() and not home.stat().st_mode & 0o200:    # read-only: left alone, even by root
+        home = Path("data")
+    path = home / "cache" / f"{name}-{length}.npz"
     stamp = f"{source.stat().st_size} {source.stat().st_mtime_ns}" if source else ""
     with contextlib.suppress(UserError):         # not there yet, or damaged: make it again
         arrays = read_npz(path, "stamp", "tokens", "full", "y")
@@ -435,13 +425,10 @@ def load_task(args, setting):
         arrays = [pack(draw_toy(task, length, seed, count), length)
                   for seed, count in enumerate((400, 100, 100))]
     elif task == "listops":
-        name, how = "listops-1000", {}
-        if args.quick:
-            name = "listops-quick"
-            how = dict(counts=dict(train=400, val=100, test=100), low=20, high=250)
+        name = "listops-quick" if args.quick else "listops-1000"
         folder = release(data, name, needed=False) or Path(data, "lra_release", name)
         if not folder.exists():
-            generate_listops(folder, **how)
+            generate_listops(folder, **QUICK_LISTOPS if args.quick else {})
         paths = [folder / f"basic_{part}.tsv" for part in COUNTS]
         arrays = [keep(f"{name}-{path.stem}", path, read_listops(path)) for path in paths]
     elif task == "text":
@@ -644,9 +631,11 @@ def train(args, setting, splits, device, seed, state, save, log, bar):
                 raise UserError(f"the GPU's memory is too small for {s['micro']} samples at once: "
                                 f"try a smaller --micro-batch or --length") from None
             s["micro"] = -(-s["micro"] // 2)
-            bar.write(f"step {s['step'] + 1} does not fit: {s['micro']} samples at once from here")
-            optimizer.zero_grad()                        # the failed step's memory is free now
-            torch.cuda.empty_cache()
+        else:
+            break
+        optimizer.zero_grad()        # here, outside `except`, the failed step's memory is free
+        torch.cuda.empty_cache()
+        bar.write(f"step {s['step'] + 1} does not fit: {s['micro']} samples at once from here on")
     model.load_state_dict(s["best_model"])
     test, off = (accuracy(m, test_split, device, size)
                  for m in (model, train_uea.without_mixers(model)))
@@ -677,22 +666,24 @@ def run(args):
     state, notes = {}, [QUICK_NOTE] * args.quick
     if args.task == "pathfinder" and (args.synthetic or args.quick):
         notes.append(SYNTHETIC_NOTE)
-    if args.resume and (out / "checkpoint.pt").exists():
+    if args.resume and first and (out / "checkpoint.pt").exists():
         state = agf.load(out / "checkpoint.pt")
-    elif first and not args.resume:
+    if SIZE > 1:                     # the machines of the others need no checkpoint
+        box = [state]
+        distributed.broadcast_object_list(box, device=torch.device("cpu"))
+        state = box[0]
+    if first and not args.resume:
         train_uea.prepare(out, dict(command=train_uea.command_line(), options=vars(args),
                                     setting=setting, notes=notes, versions=train_uea.versions()))
-    total()                          # all have read the state before anyone goes on
     if device.type == "cuda":        # small next to a GPU, and then batches need no copies
         for split in splits:
             split.tokens = split.tokens.to(device) if len(split.tokens) < 4e9 else split.tokens
     name = args.task + "-synthetic" * args.synthetic
     if first:
         for part, split in zip(("train", "dev", "test"), splits):
-            cut = int((split.full > setting["length"]).sum())
-            print(f"{name}, {part}: {len(split)} samples"
-                  + f", {cut} inputs are longer than --length: cut to {setting['length']} tokens"
-                  * (cut > 0))
+            print(f"{name}, {part}: {len(split)} samples")
+            if cut := int((split.full > setting["length"]).sum()):
+                print(f"{part}: {cut} inputs are longer than --length: cut to {setting['length']}")
         for note in notes:
             print(note)
         print(f"length {setting['length']}, {setting['steps']} steps of "

@@ -7,6 +7,7 @@ Protocol: a fixed number of epochs on the whole train split, then one pass over 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import difflib
@@ -180,11 +181,9 @@ def find(name, data_dir):
     print(f"downloading {name} with aeon, which shows no progress (a few sets have hundreds of MB)")
     home = Path(data_dir)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as part:      # whole or not at all
-            load_classification(name, split="train", extract_path=part,
+        with whole(home / name) as part:
+            load_classification(name, split="train", extract_path=str(part.parent),
                                 load_equal_length=False, load_no_missing=False)
-            os.replace(Path(part) / name, home / name)
     except Exception as error:
         raise UserError(
             f"could not download {name} ({type(error).__name__}: {first_line(error)}). Fetch "
@@ -192,6 +191,19 @@ def find(name, data_dir):
             f"record {tsc_zenodo[name]}, and unpack it so that {home / name / f'{name}_TRAIN.ts'} "
             f"and _TEST.ts exist") from None
     return [home / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A place to write a file or folder that then goes to `path`: all of it, or nothing stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
+        yield Path(folder, path.name)
+        try:
+            os.replace(Path(folder, path.name), path)
+        except OSError:
+            if not path.exists():    # else another process was faster
+                raise
 
 
 def first_line(error):
