@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import random
 import shutil
 import signal
@@ -927,13 +928,13 @@ def test_listops_tokens_come_back_from_the_official_files(tmp_path):
     words = [*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
     for end in ("\n", "\r\n"):
         path.write_bytes("".join(line.replace("\n", end) for line in ["Source\tTarget\n", *found]).encode())
-        split = train_lra.unpack(train_lra.read_listops(path), 2000)
+        split = train_lra.unpack(train_lra.pack(train_lra.read_listops(path), 2000), 2000)
         assert len(split) == len(found) and split.y.tolist() == [int(l[-2]) for l in found]
         x, keep, y = train_lra.batch(split, torch.arange(len(split)), torch.device("cpu"))
         for row, real, line in zip(x, keep, found):
             assert [words[i - 1] for i in row[real]] == line.split("\t")[0].replace("(", "").replace(")", "").split()
     assert not x[~keep].any()
-    assert train_lra.unpack(train_lra.read_listops(path), 600).size.max() == 600
+    assert train_lra.unpack(train_lra.pack(train_lra.read_listops(path), 600), 600).size.max() == 600
 
 
 HEAD = "Source\tTarget\n"
@@ -968,13 +969,18 @@ def arguments(task, folder, **more):
     return train_lra.options(["--task", task, "--data-dir", str(folder), *(f"--{k}={v}" for k, v in more.items())])[0]
 
 
+def load(task, folder, **more):
+    args = arguments(task, folder, **more)
+    return train_lra.load_task(args, train_lra.resolve(args))
+
+
 def test_text_reads_the_official_archive_and_keeps_dev_away_from_test(tmp_path):
     review = {f"aclImdb/{s}/{c}/{i}_7.txt": f"{s} {c} {'great' * i}".encode() for s in ("train", "test") for c in ("pos", "neg") for i in range(10)}
     files = review | {"aclImdb/train/unsup/1_0.txt": b"none", "aclImdb/README": b"x", "aclImdb/train/urls_pos.txt": b"x"}
     path = tar(tmp_path / "aclImdb_v1.tar.gz", files)
     for _ in range(2):                               # the second time from the cache
-        splits = train_lra.load_text(arguments("text", tmp_path), 30)
-        assert [len(s) for s in splits] == [18, 2, 20] and (tmp_path / "cache" / "aclImdb.npz").exists()
+        splits = load("text", tmp_path, length=30)
+        assert [len(s) for s in splits] == [18, 2, 20] and (tmp_path / "cache" / "aclImdb-train-30.npz").exists()
         read = lambda s: [bytes(x[k].tolist()) for x, k in zip(*train_lra.batch(s, torch.arange(len(s)), torch.device("cpu"))[:2])]
         texts = [dict(zip(read(s), s.y.tolist())) for s in splits]
         assert {**texts[0], **texts[1]} == {t[:30]: int(b" pos " in t) for n, t in review.items() if "/train/" in n}
@@ -984,10 +990,19 @@ def test_text_reads_the_official_archive_and_keeps_dev_away_from_test(tmp_path):
     one_line_error(lra("--task", "text", "--data-dir", tmp_path, "--out", tmp_path / "r"), "aclImdb_v1.tar.gz", "not a complete")
 
 
+def python_2(value):
+    """A pickle with its bytes as strings of Python 2, as in the official archive."""
+    data = bytearray(pickle.dumps(value, 3).replace(b"numpy._core", b"numpy.core").replace(b"\x80\x03", b"\x80\x02", 1))
+    for op, _, at in pickletools.genops(bytes(data)):
+        if op.name in ("BINBYTES", "SHORT_BINBYTES"):
+            data[at] = ord("T" if op.name == "BINBYTES" else "U")
+    return bytes(data)
+
+
 def cifar(batch, **changes):
-    """The six pickles of the official archive, spelled as Python 2 wrote them."""
+    """The six pickles of the official archive."""
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    pickles = {f"cifar-10-batches-py/{n}": pickle.dumps(batch(i), 2).replace(b"numpy._core", b"numpy.core") for i, n in enumerate(names)}
+    pickles = {f"cifar-10-batches-py/{n}": python_2(batch(i)) for i, n in enumerate(names)}
     return pickles | {"cifar-10-batches-py/batches.meta": b"junk"} | {f"cifar-10-batches-py/{n}": v for n, v in changes.items()}
 
 
@@ -995,7 +1010,7 @@ def test_image_reads_the_official_archive_as_grey_and_runs_no_code_from_it(tmp_p
     rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3, 1024), dtype=np.uint8)
     batch = lambda i: {b"data": rgb[i].reshape(4, 3072), b"labels": [i, 1, 2, 9], b"filenames": [b"a"] * 4}
     tar(tmp_path / "cifar-10-python.tar.gz", cifar(batch))
-    train, dev, test = train_lra.load_image(arguments("image", tmp_path), 1024)
+    train, dev, test = load("image", tmp_path)
     assert (len(train), len(dev), len(test)) == (18, 2, 4) and test.y.tolist() == [5, 1, 2, 9]
     x, keep, _ = train_lra.batch(test, torch.arange(4), torch.device("cpu"))
     assert keep is None and np.abs(x.numpy() - np.einsum("ncp,c->np", rgb[5], [0.299, 0.587, 0.114])).max() <= 0.5 + 1e-9
@@ -1010,7 +1025,7 @@ def test_image_reads_the_official_archive_as_grey_and_runs_no_code_from_it(tmp_p
         one_line_error(lra("--task", "image", "--data-dir", tmp_path / str(i), "--out", tmp_path / "r"), "data_batch_2", words)
     assert not (tmp_path / "owned").exists()
     np.savez(tmp_path / "1" / "cifar10_gray.npz", train_x=x, train_y=test.y, test_x=x, test_y=test.y)     # a converted copy
-    assert [len(s) for s in train_lra.load_image(arguments("image", tmp_path / "1"), 1024)] == [3, 1, 4]
+    assert [len(s) for s in load("image", tmp_path / "1")] == [3, 1, 4]
 
 
 def test_retrieval_reads_the_release_and_compares_two_documents_by_one_encoder(tmp_path):
@@ -1018,7 +1033,7 @@ def test_retrieval_reads_the_release_and_compares_two_documents_by_one_encoder(t
     folder.mkdir(parents=True)
     for i, split in enumerate(("train", "eval", "test")):
         (folder / f"new_aan_pairs.{split}.tsv").write_text("".join(f"{j % 2}.0\tP{j}\tQ{j}\tfirst {split} {j}\tsecond\n" for j in range(i + 3)))
-    splits = train_lra.load_retrieval(arguments("retrieval", tmp_path), 9)
+    splits = load("retrieval", tmp_path, length=9)
     assert [len(s) for s in splits] == [3, 4, 5] and splits[1].y.tolist() == [0, 1, 0, 1]
     x, keep, _ = train_lra.batch(splits[0], torch.tensor([2, 1]), torch.device("cpu"))
     assert bytes(x[0, 0].tolist()) == b"first tra" and bytes(x[0, 1][keep[0, 1]].tolist()) == b"second"
@@ -1046,7 +1061,7 @@ def test_pathfinder_reads_the_release(tmp_path):
             Image.fromarray(pixels).save(folder / "imgs" / str(i) / f"sample_{j}.png")
             truth[pixels.tobytes()] = j % 2
         (folder / "metadata" / f"{i}.npy").write_text("".join(f"imgs/{i} sample_{j}.png {j} {j % 2} 1.8 6 2.0 5 1.5 14 1 1\n" for j in range(10)))
-    splits = train_lra.load_pathfinder(arguments("pathfinder", tmp_path), 1024)
+    splits = load("pathfinder", tmp_path)
     assert [len(s) for s in splits] == [16, 2, 2]
     found = {bytes(row.tolist()): int(y) for s in splits for row, y in zip(train_lra.batch(s, torch.arange(len(s)), torch.device("cpu"))[0], s.y)}
     assert found == truth
@@ -1056,8 +1071,8 @@ def test_pathfinder_reads_the_release(tmp_path):
 
 
 def test_synthetic_pathfinder_is_two_dots_on_one_curve_or_two():
-    arrays = train_lra.draw_images(0, 64)
-    again, images = train_lra.draw_images(0, 64), arrays["tokens"].reshape(64, 32, 32)
+    arrays, again = (train_lra.pack(train_lra.draw_images(0, 64), 1024) for _ in "12")
+    images = arrays["tokens"].reshape(64, 32, 32)
     assert (again["tokens"] == arrays["tokens"]).all() and (arrays["full"] == 1024).all() and 16 < arrays["y"].sum() < 48
     assert (images.reshape(64, -1) == 255).sum(1).min() >= 6 and 0.05 < (images > 60).mean() < 0.5
 
@@ -1076,9 +1091,11 @@ def test_missing_data_says_what_to_put_where(tmp_path, monkeypatch, task, words)
 
 
 def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **how: Path(path).write_bytes(b"an error page"))
-    one_line_error(lra("--task", "text", "--data-dir", tmp_path, "--out", tmp_path / "r"), "md5", "7c2ac02c03563afcf9b574c7e56c153a")
-    assert os.listdir(tmp_path) == []
+    (tmp_path / "page").write_bytes(b"an error page")
+    name, page = "aclImdb_v1.tar.gz", (tmp_path / "page").as_uri()
+    monkeypatch.setitem(train_lra.ARCHIVES, name, (page, train_lra.ARCHIVES[name][1]))
+    one_line_error(lra("--task", "text", "--data-dir", tmp_path / "d", "--out", tmp_path / "r"), name, "hash", "c40f74a18d3b61f9", page)
+    assert os.listdir(tmp_path / "d") == []
 
 
 def lra(*argv):
@@ -1110,7 +1127,8 @@ def test_a_quick_run_leaves_its_whole_folder_and_says_what_it_is_worth(quick):
     assert result["dev_accuracy"] == [max(r["dev_accuracy"] for r in rows if r["seed"] == s) for s in (0, 1)]
     assert result["best_step"][0] == next(r["step"] for r in rows if r["dev_accuracy"] == result["dev_accuracy"][0])
     model, parts = train_lra.load_model(run)         # the accuracy again, by hand, from the saved model
-    test = train_lra.load_listops(train_lra.options(["--task", "listops", "--quick", "--data-dir", str(quick)])[0], 64)[2]
+    args, _ = train_lra.options(["--task", "listops", "--quick", "--data-dir", str(quick), "--length", "64"])
+    test = train_lra.load_task(args, train_lra.resolve(args))[2]
     hits = [(model(*[t[:1] for t in train_lra.batch(test, torch.tensor([i]), torch.device("cpu"), 64)[:2]])[0].argmax() == test.y[i]).item()
             for i in range(len(test))]
     assert np.mean(hits) == pytest.approx(result["test_accuracy"][0])

@@ -9,22 +9,20 @@ The published settings name no gradient clipping; we clip the gradient norm at 1
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import pickle
 import resource
 import signal
+import statistics
 import sys
 import tarfile
-import tempfile
 import time
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,11 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
+from tqdm import tqdm
 
 import agf
 import train_uea
 from agf import UserError
-from train_uea import Parser, Stopped, first_line, stop_asked, write
+from train_uea import Parser, Stopped, first_line, stop_asked, whole
 
 # The published settings. What is the same for all tasks:
 SETTING = dict(dim=64, depth=2, heads=2, hidden=128, head=128, dropout=0.1, norm="pre", pool="mean",
@@ -51,9 +50,12 @@ TASKS = {
     "pathfinder": (1024, 512, 2, 256, 62400, 312, 4, 1.5, -1.0, 1e-4),
 }
 QUICK = dict(length=256, batch_size=8, steps=30)
+QUICK_LISTOPS = dict(counts=dict(train=400, val=100, test=100), low=20, high=250)
 QUICK_NOTE = "--quick: toy data and a few steps, this number means nothing"
 SYNTHETIC_NOTE = "synthetic images of our own, not comparable with published numbers"
 EVALUATIONS = 20                     # passes over the dev split during a run, if 50 steps apart
+RANK, SIZE, LOCAL = (int(os.environ.get(name, default)) for name, default in
+                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # set by torchrun
 
 
 # ------------------------------------------------------------------------------------- options
@@ -66,13 +68,11 @@ def options(argv):
     g.add_argument("--synthetic", action="store_true", help="pathfinder: draw images of our own")
     g.add_argument("--data-dir", default="data", metavar="DIR",
                    help="holds the official archives or lra_release (default: data)")
-    g.add_argument("--out", metavar="DIR", help="run folder (default: runs/TASK-TIME)")
     train_uea.run_options(g)
-    g.add_argument("--micro-batch", type=int, metavar="N",
-                   help="samples in memory at once; their gradients add up (default: all)")
     g = p.add_argument_group("recipe and model (default: the published setting of the task)")
     train_uea.add_numbers(g, [("steps", int, "training steps"),
                               ("batch-size", int, "samples in a step, in all"),
+                              ("micro-batch", int, "samples in memory at once; gradients add up"),
                               ("length", int, "longest input, in tokens")])
     train_uea.model_options(g)
     return p.parse_args(argv), p
@@ -85,15 +85,10 @@ def resolve(args):
     if args.quick:
         setting |= QUICK
     setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
-    train_uea.check_lowest(setting | dict(micro_batch=args.micro_batch), steps=1, batch_size=1,
-                           length=1, lr=1e-12, gamma=0, micro_batch=1)
-    if args.seeds < 1 or args.seed < 0:
-        raise UserError(f"--seeds must be at least 1, --seed at least 0: {args.seeds}, {args.seed}")
+    train_uea.check_lowest(vars(args) | setting, steps=1, batch_size=SIZE, length=1, lr=1e-12,
+                           gamma=0, micro_batch=1, seeds=1, seed=0)      # a sample for each process
     if args.synthetic and args.task != "pathfinder":
         raise UserError(f"--synthetic is for pathfinder only, not for {args.task}")
-    if setting["batch_size"] < SIZE:
-        raise UserError(f"--batch-size {setting['batch_size']} is less than one sample for each "
-                        f"of {SIZE} processes")
     # A shorter run keeps the published shape of the schedule.
     setting["warmup"] = max(1, round(setting["warmup"] * setting["steps"] / published))
     return setting
@@ -101,25 +96,19 @@ def resolve(args):
 
 # ------------------------------------------------------------------------- ListOps: making it
 
-OPERATORS = ("MIN", "MAX", "MED", "SM")
+OPERATORS = (("MIN", min), ("MAX", max), ("MED", lambda args: int(statistics.median(args))),
+             ("SM", lambda args: sum(args) % 10))
 COUNTS = dict(train=96000, val=2000, test=2000)
-# What a node writes. Codes: a digit, 10 + 9 operator + (arguments - 2), an inner "]", and the
-# root's "]" with the target. The official form nests pairs: "( ( ( [MAX 2 ) 9 ) ] )".
-PIECES = np.array([f"{d} ) " for d in range(10)]
-                  + ["( " * (m + 1) + f"[{op} " for op in OPERATORS for m in range(2, 11)]
-                  + ["] ) ) "] + [f"] )\t{v}\n" for v in range(10)], dtype=object)
-INNER, ROOT = 46, 47
 
 
 def draw_trees(rng, count, low, high, depth=10):
     """Text lines of those of `count` random trees that have low < length < high.
 
-    All trees grow at once, level by level; the children of a node are neighbours in their level.
-    The root is an operator: the other trees, single digits, are too short in any case. The official
-    code, like this one, leaves both ends of the range out, and does not count parentheses.
+    Most draws are too short or too long. So all trees are drawn at once, level by level, and only
+    the good ones are written. The root is an operator: a single digit is too short in any case.
+    The official code, like this one, leaves both ends of the range out, and counts no parentheses.
     """
-    levels, length = [], np.zeros(count, np.int64)
-    tree = np.arange(count)
+    levels, length, tree = [], np.zeros(count, np.int64), np.arange(count)
     for level in range(depth):
         n = len(tree)
         operator = rng.random(n, np.float32) < (1 if level == 0 else 0.25 * (level < depth - 1))
@@ -131,42 +120,19 @@ def draw_trees(rng, count, low, high, depth=10):
         # A tree that is already too long is dropped at the end: no more children for it.
         tree = np.repeat(tree, args * (length < high)[tree])
     good = (length > low) & (length < high)
-    if not good.any():
-        return []
+    nodes = [zip(kind[good[tree]].tolist(), args[good[tree]].tolist())
+             for tree, kind, args in levels]
 
-    # Bottom-up over the good trees: value and length of each node.
-    above = []                                   # value, size: of the children's level
-    for tree, kind, args in reversed(levels):
-        kind, args = kind[good[tree]], args[good[tree]]
-        nodes = np.flatnonzero(args)
-        m, op = args[nodes].astype(np.int64), kind[nodes] - 10
-        here, length = kind.astype(np.int64), np.ones(len(kind), np.int64)
-        if len(nodes):
-            group = np.repeat(np.arange(len(nodes)), m)
-            count = np.bincount(10 * group + value, minlength=10 * len(nodes)).reshape(-1, 10)
-            below = count.cumsum(1)
-            ranked = lambda r: (below <= r[:, None]).sum(1)          # r-th smallest argument
-            here[nodes] = np.choose(op, [ranked(0 * m), ranked(m - 1),
-                                         (ranked((m - 1) // 2) + ranked(m // 2)) // 2,
-                                         count @ np.arange(10) % 10])
-            length[nodes] = 2 + np.add.reduceat(size, np.cumsum(m) - m)
-        value, size = here, length
-        above.append((kind, args, value, size))
+    def write(level=0):
+        """The next node of this level with all below -> value, "( ( ( [MAX 2 ) 9 ) ] )"."""
+        kind, m = next(nodes[level])
+        if not m:
+            return kind, str(kind)
+        values, texts = zip(*[write(level + 1) for _ in range(m)])
+        name, rule = OPERATORS[kind - 10]
+        return rule(values), f"{'( ' * (m + 1)}[{name} {' ) '.join(texts)} ) ] )"
 
-    # Top-down: the place of each node in the text, and its code there.
-    codes = np.empty(size.sum(), np.uint8)
-    place = np.cumsum(size) - size
-    for level, (kind, args, value, size) in enumerate(reversed(above)):
-        if level:
-            before = np.cumsum(size) - size
-            first = np.repeat(before[np.cumsum(m) - m], m)           # of the eldest sibling
-            place = np.repeat(place[nodes], m) + 1 + before - first
-        nodes = np.flatnonzero(args)
-        m = args[nodes].astype(np.int64)
-        codes[place] = kind
-        codes[place[nodes]] = 10 + 9 * (kind[nodes] - 10) + m - 2
-        codes[place[nodes] + size[nodes] - 1] = INNER if level else ROOT + value[nodes]
-    return "".join(PIECES[codes].tolist()).splitlines(keepends=True)
+    return [f"{text}\t{value}\n" for value, text in (write() for _ in range(good.sum()))]
 
 
 def listops_lines(seed=0, low=500, high=2000):
@@ -174,33 +140,24 @@ def listops_lines(seed=0, low=500, high=2000):
     seen = set()
     for batch in itertools.count():
         for line in draw_trees(np.random.default_rng([seed, batch]), 2000, low, high):
-            key = hashlib.blake2b(line.encode(), digest_size=16).digest()
-            if key not in seen:
-                seen.add(key)
+            if hash(line) not in seen:
+                seen.add(hash(line))
                 yield line
 
 
 def generate_listops(folder, counts=COUNTS, **how):
-    """Write basic_{train,val,test}.tsv, all or nothing: a folder is filled, then renamed."""
-    from tqdm import tqdm
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Write basic_{train,val,test}.tsv, all or nothing."""
     lines = iter(tqdm(listops_lines(**how), "generating listops", sum(counts.values()),
                       unit=" trees", disable=None))
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as part:
-        part = Path(part) / folder.name
+    with whole(folder) as part:
         part.mkdir()
         for name, count in counts.items():
             with open(part / f"basic_{name}.tsv", "w", newline="") as f:
                 f.write("Source\tTarget\n")
                 f.writelines(itertools.islice(lines, count))
-        try:
-            os.rename(part, folder)
-        except OSError:
-            if not (folder / "basic_test.tsv").exists():     # else another process was faster
-                raise
 
 
-# ---------------------------------------------------------------------- reading the five tasks
+# --------------------------------------------------------------------------- samples and splits
 
 @dataclass
 class Split:
@@ -210,7 +167,6 @@ class Split:
     size: torch.Tensor               # (N, documents), how long it is, at most --length
     full: torch.Tensor               # (N, documents), how long it was
     y: torch.Tensor                  # (N,)
-    name: str = ""
 
     def __len__(self):
         return len(self.y)
@@ -220,199 +176,51 @@ class Split:
                        full=self.full[which], y=self.y[which])
 
 
-def pack(rows, labels, limit=None):
-    """List of bytes -> arrays for the cache; `full` remembers the lengths before the limit."""
-    limit = limit or max(map(len, rows), default=1)
-    return dict(tokens=np.frombuffer(b"".join(row[:limit] for row in rows), np.uint8),
-                full=np.array([len(row) for row in rows]), y=np.array(labels), limit=limit)
+def pack(samples, length):
+    """(label, document, ...) of each sample -> the Split's arrays. Documents are cut here."""
+    tokens, full, labels = bytearray(), [], []
+    for label, *documents in samples:
+        labels.append(label)
+        full.append([len(document) for document in documents])
+        for document in documents:
+            tokens += document[:length]
+    return dict(tokens=np.frombuffer(tokens, np.uint8), full=np.array(full, np.int64),
+                y=np.array(labels, np.int64))
 
 
-def unpack(arrays, length, documents=1):
-    stored = np.minimum(arrays["full"], arrays["limit"])
-    tensor = lambda x: torch.from_numpy(x.astype(np.int64)).view(-1, documents)
-    return Split(torch.from_numpy(np.array(arrays["tokens"])), tensor(np.cumsum(stored) - stored),
-                 tensor(np.minimum(stored, length)), tensor(arrays["full"]),
-                 torch.from_numpy(arrays["y"].astype(np.int64)))
+def unpack(arrays, length):
+    tokens, full, y = (torch.from_numpy(arrays[key]) for key in ("tokens", "full", "y"))
+    size = full.clamp(max=length)
+    return Split(tokens, size.flatten().cumsum(0).view_as(size) - size, size, full, y)
 
 
-def even(x, y):
-    """(N, n) bytes of one length -> arrays for the cache."""
-    return dict(tokens=x.reshape(-1), full=np.full(len(x), x.shape[1]), y=y, limit=x.shape[1])
-
-
-def writable(folder):
-    """Can new files go there? A folder marked read-only is left alone, even by an administrator."""
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o200)
-
-
-def home(data_dir):
-    """Where new files go: the data folder, or ./data where that is read-only."""
-    return Path(data_dir) if writable(Path(data_dir)) else Path("data")
-
-
-def cached(name, source, data_dir, make):
-    """make() once, its arrays kept as cache/NAME.npz until the source file changes."""
-    path = home(data_dir) / "cache" / f"{name}.npz"
-    stamp = f"{source.stat().st_size} {source.stat().st_mtime_ns}" if source else ""
+def read_npz(path, *keys):
     try:
         with np.load(path) as arrays:
-            if str(arrays["stamp"]) == stamp:
-                return {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass                         # not there yet, or damaged: make it again
-    arrays = make()
-    part = path.with_name(f"{name}-{os.getpid()}.part")
+            return {key: arrays[key] for key in keys}
+    except Exception as error:       # a damaged file fails in many ways
+        raise UserError(f"{path}: unreadable ({first_line(error)})") from None
+
+
+def cached(data_dir, name, length, source, samples):
+    """The samples, packed, and kept as cache/NAME-LENGTH.npz until their source file changes."""
+    home = Path(data_dir)
+    if home.exists() and not home.stat().st_mode & 0o200:    # read-only: left alone, even by root
+        home = Path("data")
+    path = home / "cache" / f"{name}-{length}.npz"
+    stamp = f"{source.stat().st_size} {source.stat().st_mtime_ns}" if source else ""
+    with contextlib.suppress(UserError):         # not there yet, or damaged: make it again
+        arrays = read_npz(path, "stamp", "tokens", "full", "y")
+        if arrays["stamp"] == stamp:
+            return arrays
+    arrays = pack(samples, length)
+    if not len(arrays["y"]):
+        raise UserError(f"{source}: holds no samples")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            np.savez(f, stamp=stamp, **arrays)
-        os.replace(part, path)
+        with whole(path) as part:
+            np.savez(part, stamp=stamp, **arrays)
     except OSError as error:         # a full disk costs time, not the run
-        part.unlink(missing_ok=True)
         print(f"{path} cannot be kept ({error.strerror}): the next run converts again")
-    return arrays
-
-
-def locate(data_dir, name):
-    """A file of the official release: under the data folder, or under its lra_release."""
-    places = [Path(data_dir, *middle, name) for middle in
-              ((), ("lra_release",), ("lra_release", "lra_release"))]
-    return next((path for path in places if path.exists()), None)
-
-
-def release(data_dir, name):
-    """The same, or one paragraph on how to get it."""
-    if path := locate(data_dir, name):
-        return path
-    raise UserError(
-        f"{Path(data_dir) / 'lra_release' / name} is missing. It is part of the Long Range Arena "
-        f"release: fetch lra_release.gz (about 7.7 GB; the link is in the README of "
-        f"github.com/google-research/long-range-arena, or take storage.googleapis.com/"
-        f"long-range-arena/lra_release.gz), then: tar -xzf lra_release.gz -C {data_dir}")
-
-
-def read_listops(path):
-    """A tsv of the official form -> arrays, 16 MB at a time. Parentheses carry nothing: dropped."""
-    table = bytearray(b"\xff" * 256)             # digits 1-10, operators 11-14, "]" 15, ends 16 17
-    for code, byte in enumerate(b"0123456789\1\2\3\4]\t\n", start=1):
-        table[byte] = code
-    tokens, full, labels, line = [], [], [], 2
-    with open(path, "rb") as f:
-        if f.readline().split() != [b"Source", b"Target"]:
-            raise UserError(f"{path}: the first line must be Source, a tab, Target")
-        while chunk := f.read(1 << 24):
-            chunk = (chunk + f.readline()).replace(b"\r\n", b"\n")
-            chunk += b"" if chunk.endswith(b"\n") else b"\n"
-            text = chunk
-            for i, op in enumerate(OPERATORS, start=1):
-                text = text.replace(f"[{op}".encode(), bytes([i]))
-            # Each token is one byte now; two side by side are something else, such as "12".
-            raw = np.frombuffer(text, np.uint8)
-            word = (raw != 32) & (raw != 9) & (raw != 10)
-            code = np.frombuffer(text.translate(bytes(table), b" ()"), np.uint8).copy()
-            tab, end = np.flatnonzero(code == 16), np.flatnonzero(code == 17)
-            good = (len(tab) == len(end) and not (word[1:] & word[:-1]).any()
-                    and (code < 18).all() and (end - tab == 2).all() and (code[tab + 1] < 11).all())
-            size = tab - np.append(0, end[:-1] + 1) if good else np.zeros(1)
-            if not size.all():
-                complain(path, line, chunk.decode("ascii", "replace").splitlines())
-            labels.append(code[tab + 1] - 1)
-            code[tab + 1] = 16
-            tokens.append(code[code < 16])
-            full.append(size)
-            line += len(end)
-    if not full:
-        raise UserError(f"{path}: holds no samples")
-    full = np.concatenate(full)
-    return dict(tokens=np.concatenate(tokens), full=full, y=np.concatenate(labels),
-                limit=full.max())
-
-
-def complain(path, first, lines):
-    """The slow way through a part that cannot be right: name the line and what is wrong there."""
-    legal = {*"0123456789()]", *(f"[{op}" for op in OPERATORS)}
-    for number, line in enumerate(lines, first):
-        source, _, label = line.partition("\t")
-        if unknown := [token for token in source.split(" ") if token and token not in legal]:
-            raise UserError(f"{path}, line {number}: unknown token {unknown[0][:40]!r}")
-        if label not in [*"0123456789"] or not source.strip("() "):
-            raise UserError(f"{path}, line {number}: the target must be one digit after a tab, "
-                            f"with a source before it, not {label[:40]!r}")
-    raise UserError(f"{path}: unreadable between lines {first} and {first + len(lines)}")
-
-
-def load_listops(args, length):
-    name, how = "listops-1000", {}
-    if args.quick:
-        name = "listops-quick"
-        how = dict(counts=dict(train=400, val=100, test=100), low=20, high=250)
-    found = locate(args.data_dir, name)
-    folder = found or home(args.data_dir) / "lra_release" / name
-    if not found and not folder.exists():
-        generate_listops(folder, **how)
-    splits = []
-    for part in COUNTS:
-        path = folder / f"basic_{part}.tsv"
-        if not path.is_file():
-            raise UserError(f"{path} is missing beside its sisters; an empty or no {name} folder "
-                            f"is filled anew")
-        splits.append(unpack(cached(f"{name}-{part}", path, args.data_dir,
-                                    functools.partial(read_listops, path)), length))
-    return splits
-
-
-def fetch(name, url, kind, digest, second, data_dir):
-    """An official archive: the user's, else downloaded and checked, else where to get it."""
-    for folder in (Path(data_dir), home(data_dir)):
-        if (folder / name).is_file():
-            return folder / name
-    path = home(data_dir) / name
-    part = path.with_name(f"{name}-{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-        with open(part, "rb") as f:
-            if (found := hashlib.file_digest(f, kind).hexdigest()) != digest:
-                raise ValueError(f"{kind} {found} instead of {digest}")
-        os.replace(part, path)
-    except Exception as error:       # no network fails in many ways
-        raise UserError(f"could not download {name} ({type(error).__name__}: {first_line(error)}). "
-                        f"Fetch {url} by hand, or {second}, and save it as {path}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def members(path):
-    """(name, bytes) of each file of a .tar.gz. Nothing is unpacked to disk."""
-    try:
-        with tarfile.open(path, "r|gz") as archive:
-            for member in archive:
-                if member.isfile():
-                    yield member.name.removeprefix("./"), archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path}: not a complete .tar.gz ({first_line(error)}): "
-                        f"delete it and fetch it again") from None
-
-
-def read_imdb(path):
-    """aclImdb/{train,test}/{pos,neg}/*.txt -> the train and test arrays, prefixed."""
-    from tqdm import tqdm
-    found = {"train": [], "test": []}
-    for name, text in tqdm(members(path), "reading reviews", unit=" files", disable=None):
-        match name.split("/"):
-            case ["aclImdb", "train" | "test" as split, "pos" | "neg" as label, file] \
-                    if file.endswith(".txt"):
-                found[split].append((name, label == "pos", text))
-    arrays = {}
-    for split, reviews in found.items():
-        if len({label for _, label, _ in reviews}) < 2:
-            raise UserError(f"{path}: no reviews in aclImdb/{split}/pos or aclImdb/{split}/neg")
-        reviews.sort()               # the order inside an archive is nobody's promise
-        made = pack([text for *_, text in reviews], [label for _, label, _ in reviews])
-        arrays |= {f"{split}_{key}": value for key, value in made.items()}
     return arrays
 
 
@@ -423,17 +231,90 @@ def dev_from(train, share):
     return train.rows(order[:-dev]), train.rows(order[-dev:])
 
 
-def load_text(args, length):
-    path = fetch("aclImdb_v1.tar.gz",
-                 "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-                 "md5", "7c2ac02c03563afcf9b574c7e56c153a",
-                 "web.archive.org/web/2023/https://ai.stanford.edu/~amaas/data/sentiment/"
-                 "aclImdb_v1.tar.gz", args.data_dir)
-    arrays = cached("aclImdb", path, args.data_dir, functools.partial(read_imdb, path))
-    keys = ("tokens", "full", "y", "limit")
-    train, test = (unpack({key: arrays[f"{split}_{key}"] for key in keys}, length)
-                   for split in ("train", "test"))
-    return *dev_from(train, 0.1), test
+# ------------------------------------------------- where data comes from, and (label, document, ..)
+
+def release(data_dir, name, needed=True):
+    """A path of the official release, or one paragraph on how to get it."""
+    for middle in ("", "lra_release", "lra_release/lra_release"):
+        if (path := Path(data_dir, middle, name)).exists():
+            return path
+    if needed:
+        raise UserError(
+            f"{Path(data_dir, 'lra_release', name)} is missing. It is part of the Long Range Arena "
+            f"release: fetch lra_release.gz (about 7.7 GB; the link is in the README of "
+            f"github.com/google-research/long-range-arena, or take storage.googleapis.com/"
+            f"long-range-arena/lra_release.gz), then: tar -xzf lra_release.gz -C {data_dir}")
+
+
+ARCHIVES = {                         # file name: first source, SHA-256
+    "aclImdb_v1.tar.gz": ("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+                          "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"),
+    "cifar-10-python.tar.gz": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                               "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
+}
+
+
+def fetch(data_dir, name):
+    """An official archive: the user's, else downloaded and checked, else where to get it."""
+    path, (url, digest) = Path(data_dir, name), ARCHIVES[name]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
+        except Exception as error:   # no network fails in many ways
+            raise UserError(
+                f"could not download {name} ({type(error).__name__}: {first_line(error)}). Fetch "
+                f"{url} by hand, or web.archive.org/web/2023/{url}, and save it as {path}"
+            ) from None
+    return path
+
+
+def members(path):
+    """(name, bytes) of each file of a .tar.gz. Nothing is unpacked to disk."""
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in tqdm(archive, f"reading {path.name}", unit=" files", disable=None):
+                if member.isfile():
+                    yield member.name.removeprefix("./"), archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path}: not a complete .tar.gz ({first_line(error)}): "
+                        f"delete it and fetch it again") from None
+
+
+def read_listops(path):
+    """A tsv of the official form. Tokens are 1-15, 0 is padding; parentheses carry nothing."""
+    words = [*"0123456789", *(f"[{name}" for name, _ in OPERATORS), "]"]
+    code = {word.encode(): i for i, word in enumerate(words, start=1)}
+    digits = list(code)[:10]
+    with open(path, "rb") as f:
+        if f.readline().split() != [b"Source", b"Target"]:
+            raise UserError(f"{path}: the first line must be Source, a tab, Target")
+        for number, line in enumerate(f, start=2):
+            source, _, target = line.rstrip(b"\r\n").partition(b"\t")
+            found = source.translate(None, b"()").split()
+            try:
+                tokens = bytes(map(code.__getitem__, found))
+            except KeyError as unknown:
+                word = unknown.args[0][:40].decode("ascii", "replace")
+                raise UserError(f"{path}, line {number}: unknown token {word!r}") from None
+            if not tokens or target not in digits:
+                target = target[:40].decode("ascii", "replace")
+                raise UserError(f"{path}, line {number}: the target must be one digit after a tab, "
+                                f"with a source before it, not {target!r}")
+            yield int(target), tokens
+
+
+def read_imdb(path, split):
+    """aclImdb/{train,test}/{pos,neg}/*.txt of the archive; label 1 = pos."""
+    reviews = {}
+    for name, text in members(path):
+        folder, _, file = name.rpartition("/")
+        if folder in (f"aclImdb/{split}/pos", f"aclImdb/{split}/neg") and file.endswith(".txt"):
+            reviews[name] = folder.endswith("pos"), text
+    if len({label for label, _ in reviews.values()}) < 2:
+        raise UserError(f"{path}: no reviews in aclImdb/{split}/pos or aclImdb/{split}/neg")
+    for name in sorted(reviews):     # the order inside an archive is nobody's promise
+        yield reviews[name]
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -441,210 +322,144 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype,
-                   "_reconstruct": np.empty(0).__reduce__()[0], "encode": _encode}
-        if module.split(".")[0] in ("numpy", "_codecs") and name in allowed:
+                   "_reconstruct": np.empty(0).__reduce__()[0]}
+        if module.split(".")[0] == "numpy" and name in allowed:
             return allowed[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _encode(text, encoding):
-    """How pickles of protocol 2 spell bytes."""
-    return text.encode("latin1")
-
-
-def read_cifar(path):
-    """cifar-10-python.tar.gz -> grey pixels (N, 1024) and labels, by ITU-R 601 luma weights."""
-    found = {}
+def read_cifar(path, split):
+    """Grey pixels from cifar-10-python.tar.gz, by ITU-R 601 luma weights."""
+    found = dict.fromkeys([f"data_batch_{i}" for i in range(1, 6)] if split == "train"
+                          else ["test_batch"])
     for name, data in members(path):
-        part = name.removeprefix("cifar-10-batches-py/")
-        if part.startswith("data_batch_") or part == "test_batch":
+        if (part := name.removeprefix("cifar-10-batches-py/")) in found:
             try:
                 batch = ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-                pixels = batch[b"data"].reshape(-1, 3, 1024).astype(np.uint32)
-                red, green, blue = pixels.swapaxes(0, 1)
-                grey = (299 * red + 587 * green + 114 * blue + 500) // 1000
-                found[part] = grey.astype(np.uint8), np.array(batch[b"labels"])
+                rgb = batch[b"data"].reshape(-1, 3, 1024)
+                grey = (np.array([299, 587, 114]) @ rgb + 500) // 1000
+                found[part] = [(int(label), row.tobytes()) for label, row in
+                               zip(batch[b"labels"], grey.astype(np.uint8), strict=True)]
             except Exception as error:       # a damaged or tampered pickle fails in many ways
                 raise UserError(f"{path}: {name} is not an official CIFAR-10 batch "
                                 f"({first_line(error)})") from None
-    batches = [f"data_batch_{i}" for i in range(1, 6)]
-    if missing := [name for name in (*batches, "test_batch") if name not in found]:
-        raise UserError(f"{path}: cifar-10-batches-py/{missing[0]} is missing")
-    x, y = (np.concatenate(column) for column in zip(*(found[name] for name in batches)))
-    return dict(train_x=x, train_y=y, test_x=found["test_batch"][0], test_y=found["test_batch"][1])
+    for part, samples in found.items():
+        if samples is None:
+            raise UserError(f"{path}: cifar-10-batches-py/{part} is missing")
+        yield from samples
 
 
-def load_image(args, length):
-    converted = Path(args.data_dir) / "cifar10_gray.npz"
-    if converted.is_file():
-        try:
-            with np.load(converted) as f:
-                arrays = {key: f[key] for key in ("train_x", "train_y", "test_x", "test_y")}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{converted}: unreadable ({first_line(error)})") from None
-    else:
-        path = fetch("cifar-10-python.tar.gz",
-                     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "sha256",
-                     "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-                     "web.archive.org/web/2023/https://www.cs.toronto.edu/~kriz/"
-                     "cifar-10-python.tar.gz", args.data_dir)
-        arrays = cached("cifar10_gray", path, args.data_dir, functools.partial(read_cifar, path))
-    train, test = (unpack(even(arrays[f"{split}_x"], arrays[f"{split}_y"]), length)
-                   for split in ("train", "test"))
-    return *dev_from(train, 0.1), test
-
-
-def read_pairs(path, length):
-    """label, two ids, two documents, tab-separated -> arrays of 2 N documents, cut."""
-    documents, labels, full = [], [], []
+def read_pairs(path):
+    """label, two ids, two documents, tab-separated."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             fields = line.rstrip(b"\r\n").split(b"\t")
             if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
                 raise UserError(f"{path}, line {number}: must be a label 0 or 1, two ids and two "
                                 f"documents, with tabs between")
-            labels.append(fields[0][:1] == b"1")
-            full += [len(fields[3]), len(fields[4])]
-            documents += [fields[3][:length], fields[4][:length]]
-    if not labels:
-        raise UserError(f"{path}: holds no pairs")
-    return pack(documents, labels, length) | dict(full=np.array(full))
+            yield fields[0][:1] == b"1", fields[3], fields[4]
 
 
-def load_retrieval(args, length):
-    splits = []
-    for part in ("train", "eval", "test"):
-        path = release(args.data_dir, f"tsv_data/new_aan_pairs.{part}.tsv")
-        splits.append(unpack(cached(f"aan-{part}-{length}", path, args.data_dir,
-                                    functools.partial(read_pairs, path, length)), length, 2))
-    return splits
-
-
-def read_pathfinder(folder):
+def read_pathfinder(metadata):
     """metadata/*.npy, text in spite of their name: image folder, image file, _, label, ..."""
     from matplotlib.image import imread
-    from tqdm import tqdm
-    images, labels = [], []
-    for path in tqdm(sorted((folder / "metadata").glob("*.npy")), "reading images", disable=None):
+    for path in tqdm(sorted(metadata.glob("*.npy")), "reading images", disable=None):
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             fields = line.split()
             if len(fields) < 4 or fields[3] not in ("0", "1"):
                 raise UserError(f"{path}, line {number}: must be folder, file, number, and a "
                                 f"label 0 or 1")
-            image = folder / fields[0] / fields[1]
+            image = metadata.parent / fields[0] / fields[1]
             try:
                 pixels = np.rint(255 * imread(image)).astype(np.uint8).reshape(32, 32, -1)[..., 0]
             except Exception as error:           # missing, empty, of another size
                 raise UserError(f"{image}: not a 32 x 32 image ({first_line(error)})") from None
-            images.append(pixels.reshape(-1))
-            labels.append(int(fields[3]))
-    if not images:
-        raise UserError(f"{folder}: no images are named in metadata/*.npy")
-    return even(np.stack(images), np.array(labels))
+            yield int(fields[3]), pixels.tobytes()
 
 
-def snakes(rng, count, dashes):
-    """Points on dashed curves that bend smoothly and stay inside: (count, dashes, 5, 2)."""
-    found = np.empty((0, dashes, 5, 2), np.float32)
-    while len(found) < count:
-        bend = rng.normal(0, 0.25, (count, dashes)).cumsum(1)
-        angle = rng.uniform(0, 2 * np.pi, (count, 1)) + bend
-        way = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)    # (.., dashes, 2)
-        points = 2.4 * way.cumsum(1)[:, :, None] \
-            + np.linspace(0, 1, 5, dtype=np.float32)[:, None] * way[:, :, None]
-        low, high = points.min((1, 2), keepdims=True), points.max((1, 2), keepdims=True)
-        fits = (high - low < 26).all((1, 2, 3))
-        place = 2 + rng.random((count, 1, 1, 2), np.float32) * (27 - high + low) - low
-        found = np.concatenate([found, (points + place)[fits]])
-    return found[:count]
-
-
-def apart(a, b):
-    """Distance of two sets of points, a (n, p, 2) and b (n, q, 2) -> (n,)."""
-    dx, dy = (np.abs(a[:, :, None, i] - b[:, None, :, i]) for i in (0, 1))
-    return np.maximum(dx, dy).min((1, 2))
+def draw_curve(rng, dashes):
+    """A dashed curve that bends smoothly and stays inside: points x + iy, five to a dash."""
+    while True:
+        way = np.exp(1j * (rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.25, dashes).cumsum()))
+        points = (2.2 * way.cumsum()[:, None] + np.linspace(0, 1, 5) * way[:, None]).ravel()
+        wide, high = np.ptp(points.real), np.ptp(points.imag)
+        if max(wide, high) < 27:
+            corner = complex(points.real.min(), points.imag.min())
+            return points - corner + complex(rng.uniform(2, 30 - wide), rng.uniform(2, 30 - high))
 
 
 def draw_images(seed, count):
-    """Our own Pathfinder: do the two dots lie on the same dashed curve? -> arrays."""
-    from tqdm import tqdm
-    rng, images, labels = np.random.default_rng(seed), [], []
-    bar = tqdm(desc="drawing images", total=count, unit=" images", disable=None)
-    while sum(map(len, images)) < count:
-        one, two = snakes(rng, 2000, 14).reshape(2, 1000, 70, 2)
-        partner = np.full(1000, -1)                                  # a second curve far from it
-        for turn in range(12):
-            free = np.flatnonzero(partner < 0)
-            near = (free + turn) % 1000
-            good = apart(one[free, ::2], two[near, ::2]) > 2
-            partner[free[good]] = near[good]
-        pair = np.stack([one, two[partner]], 1)[partner >= 0]        # (n, 2, 70, 2)
-        n = len(pair)
-        other = snakes(rng, 5 * n, 4).reshape(5 * n, 20, 2)          # five distractors each
-        curves = pair.reshape(n, 140, 2)[:, ::4].repeat(5, 0)
-        other[apart(other, curves) < 2] = 0                          # too near: into the corner
-        other = other.reshape(n, 100, 2)
-        y = rng.integers(2, size=n)
-        # The second dot: the other end of the same curve, or the farther end of the other curve, so
-        # that the distance of the dots tells little.
-        ends = np.stack([pair[:, 0, [-1, -1]], pair[:, 1, [0, -1]]], 1)      # (n, 2, 2, 2)
-        farther = np.square(ends - pair[:, None, :1, 0]).sum(-1).argmax(2)   # (n, 2)
-        row, which = np.arange(n), 1 - y
-        dots = np.stack([pair[:, 0, 0], ends[row, which, farther[row, which]]], 1)
-        disc = np.stack(np.meshgrid(*2 * [np.linspace(-1, 1, 5)]), -1).reshape(-1, 2)
-        dots = (dots[:, :, None] + 1.2 * disc).reshape(n, 50, 2)
-        points = np.concatenate([pair.reshape(n, 140, 2), other, dots], 1)
-        corner = np.floor(points).astype(int)
-        image = np.zeros(n * 1024)
-        for dx, dy in itertools.product((0, 1), (0, 1)):             # shared among four pixels
-            share = np.abs(1 - dx - points[..., 0] + corner[..., 0]) \
-                * np.abs(1 - dy - points[..., 1] + corner[..., 1])
-            at = 1024 * np.arange(n)[:, None] + 32 * (corner[..., 1] + dy) + corner[..., 0] + dx
-            image += np.bincount(at.ravel(), share.ravel(), n * 1024)
-        image = image.reshape(n, 32, 32)
-        image[:, :2, :2] = 0                                         # what was too near
-        images.append((255 * np.minimum(0.6 * image, 1)).astype(np.uint8).reshape(n, 1024))
-        labels.append(y)
-        bar.update(n)
-    bar.close()
-    return even(np.concatenate(images)[:count], np.concatenate(labels)[:count])
+    """Our own Pathfinder: do the two dots lie on the same one of two dashed curves?"""
+    rng = np.random.default_rng(seed)
+    apart = lambda one, two: np.abs(one[::2, None] - two[::2]).min() > 2
+    for _ in tqdm(range(count), "drawing images", unit=" images", disable=None):
+        one, two = draw_curve(rng, 14), draw_curve(rng, 14)
+        while not apart(one, two):
+            one, two = two, draw_curve(rng, 14)
+        both = np.concatenate([one, two])
+        others = [curve for curve in (draw_curve(rng, 4) for _ in range(5)) if apart(curve, both)]
+        points = np.concatenate([both, *others])
+        pixels = np.bincount(32 * points.imag.astype(int) + points.real.astype(int), minlength=1024)
+        pixels = np.minimum(50 * pixels, 150).reshape(32, 32)
+        label = int(rng.integers(2))
+        # The farther end of the other curve, so that the distance of the dots tells little.
+        end = one[-1] if label else max(two[0], two[-1], key=lambda dot: abs(dot - one[0]))
+        for x, y in ((round(dot.real), round(dot.imag)) for dot in (one[0], end)):
+            pixels[y - 1:y + 2, x - 1:x + 2] = 255
+        yield label, pixels.astype(np.uint8).tobytes()
 
 
-def load_pathfinder(args, length):
-    count = 600 if args.quick else 200000
-    if args.synthetic or args.quick:
-        arrays = cached(f"pathfinder-synthetic-{count}", None, args.data_dir,
-                        functools.partial(draw_images, 0, count))
-    else:
-        meta = release(args.data_dir, "pathfinder32/curv_contour_length_14/metadata")
-        arrays = cached("pathfinder32", meta, args.data_dir,
-                        functools.partial(read_pathfinder, meta.parent))
-    train, test = dev_from(unpack(arrays, length), 0.1)
-    return *dev_from(train, 1 / 9), test
-
-
-def load_toy(args, length):
+def draw_toy(task, length, seed, count):
     """Random bytes whose mix leans towards the class: for --quick without an archive."""
-    documents = 2 if args.task == "retrieval" else 1
-    classes, splits = TASKS[args.task][2], []
-    for count, rng in zip((400, 100, 100), map(np.random.default_rng, range(3))):
-        y = rng.integers(classes, size=count)
-        rows = [rng.integers(97, 107 + label, size=n).astype(np.uint8).tobytes()
-                for label in y for n in rng.integers(length // 2, length + 1, size=documents)]
-        splits.append(unpack(pack(rows, y), length, documents))
-    return splits
+    rng, documents = np.random.default_rng(seed), 2 if task == "retrieval" else 1
+    for label in rng.integers(TASKS[task][2], size=count):
+        yield label, *(rng.integers(97, 107 + label, size=n).astype(np.uint8).tobytes()
+                       for n in rng.integers(length // 2, length + 1, size=documents))
 
 
 def load_task(args, setting):
-    """-> train, dev, test."""
-    loader = dict(listops=load_listops, pathfinder=load_pathfinder)
-    if not args.quick:
-        loader |= dict(text=load_text, image=load_image, retrieval=load_retrieval)
-    splits = loader.get(args.task, load_toy)(args, setting["length"])
-    for split, name in zip(splits, ("train", "dev", "test")):
-        split.name = name
-        if not len(split) or int(split.y.max()) >= setting["classes"] or int(split.y.min()) < 0:
-            raise UserError(f"{args.task}: the {name} split is empty, or a label is out of range")
+    """-> the splits train, dev, test of a task."""
+    task, data, length, halves = args.task, args.data_dir, setting["length"], ("train", "test")
+    keep = lambda name, source, samples: cached(data, name, length, source, samples)
+    if args.quick and task in ("text", "image", "retrieval"):
+        arrays = [pack(draw_toy(task, length, seed, count), length)
+                  for seed, count in enumerate((400, 100, 100))]
+    elif task == "listops":
+        name = "listops-quick" if args.quick else "listops-1000"
+        folder = release(data, name, needed=False) or Path(data, "lra_release", name)
+        if not folder.exists():
+            generate_listops(folder, **QUICK_LISTOPS if args.quick else {})
+        paths = [folder / f"basic_{part}.tsv" for part in COUNTS]
+        arrays = [keep(f"{name}-{path.stem}", path, read_listops(path)) for path in paths]
+    elif task == "text":
+        path = fetch(data, "aclImdb_v1.tar.gz")
+        arrays = [keep(f"aclImdb-{part}", path, read_imdb(path, part)) for part in halves]
+    elif task == "image" and (path := Path(data, "cifar10_gray.npz")).is_file():
+        found = read_npz(path, "train_y", "train_x", "test_y", "test_x")     # a converted copy
+        arrays = [pack(zip(found[f"{part}_y"], map(bytes, found[f"{part}_x"])), length)
+                  for part in halves]
+    elif task == "image":
+        path = fetch(data, "cifar-10-python.tar.gz")
+        arrays = [keep(f"cifar10-{part}", path, read_cifar(path, part)) for part in halves]
+    elif task == "retrieval":
+        paths = [release(data, f"tsv_data/new_aan_pairs.{part}.tsv")
+                 for part in ("train", "eval", "test")]
+        arrays = [keep(path.stem, path, read_pairs(path)) for path in paths]
+    elif args.synthetic or args.quick:
+        count = 600 if args.quick else 200000
+        arrays = [keep(f"pathfinder-drawn-{count}", None, draw_images(0, count))]
+    else:
+        path = release(data, "pathfinder32/curv_contour_length_14/metadata")
+        arrays = [keep("pathfinder32", path, read_pathfinder(path))]
+
+    splits, share = [unpack(one, length) for one in arrays], 0.1
+    if len(splits) == 1:             # pathfinder is one heap: 80, 10, 10 %
+        splits, share = dev_from(*splits, 0.1), 1 / 9
+    if len(splits) == 2:             # dev is a part of train, never of test
+        splits = *dev_from(splits[0], share), splits[1]
+    for split in splits:
+        if int(split.y.min()) < 0 or int(split.y.max()) >= setting["classes"]:
+            raise UserError(f"{task}: a label is out of range 0 to {setting['classes'] - 1}")
     return splits
 
 
@@ -690,10 +505,13 @@ def build(task, setting, mixer):
         raise UserError(str(error)) from None
 
 
-# -------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------------- one run
 
-RANK, SIZE, LOCAL = (int(os.environ.get(name, default)) for name, default in
-                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # set by torchrun
+def schedule(setting):
+    """The one-cycle rule: up from lr / 25 in a straight line, then down to nearly 0."""
+    lr, steps, warmup = setting["lr"], setting["steps"], setting["warmup"]
+    knots = [0, warmup, max(steps, warmup + 1)], [lr / 25, lr, lr / 25e4]
+    return lambda step: float(np.interp(step, *knots))
 
 
 def total(*numbers):
@@ -702,21 +520,6 @@ def total(*numbers):
     if SIZE > 1:
         distributed.all_reduce(numbers)
     return numbers.tolist()
-
-
-def start_processes(device):
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Patience: one process makes the data while the others wait. A dead one is noticed at once.
-    distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-
-
-# ------------------------------------------------------------------------------------- one run
-
-def schedule(setting):
-    """The one-cycle rule: up from lr / 25 in a straight line, then down to nearly 0."""
-    lr, steps, warmup = setting["lr"], setting["steps"], setting["warmup"]
-    knots = [0, warmup, max(steps, warmup + 1)], [lr / 25, lr, lr / 25e4]
-    return lambda step: float(np.interp(step, *knots))
 
 
 def accuracy(model, split, device, size):
@@ -738,34 +541,32 @@ def peak_memory_mb(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def train(seed, args, setting, splits, device, state, save, log, bar):
+def train(args, setting, splits, device, seed, state, save, log, bar):
     """One seed, from scratch or from `state`: -> (best model, result of this seed)."""
     train_split, dev_split, test_split = splits
     torch.manual_seed(seed)
-    model = build(args.task, setting, args.mixer).to(device)
+    model = net = build(args.task, setting, args.mixer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting["lr"], eps=1e-6, weight_decay=0,
                                   fused=device.type != "mps")
-    steps, size, rate = setting["steps"], setting["batch_size"], schedule(setting)
-    size = min(size, len(train_split))
-    per_epoch, every = len(train_split) // size, max(1, steps // EVALUATIONS)
-    if not args.quick:
-        every = max(every, min(50, steps))       # a short trial is not all evaluation
-    lengths = train_split.size.amax(1).numpy()
+    steps, rate, amp = setting["steps"], schedule(setting), device.type == "cuda"
+    size = min(setting["batch_size"], len(train_split))
     mine = len(range(RANK, size, SIZE))                  # this process's share of a batch
+    per_epoch = len(train_split) // size
+    # A short trial is not all evaluation.
+    every = max(1 if args.quick else min(50, steps), steps // EVALUATIONS)
+    lengths = train_split.size.amax(1).numpy()
     s = dict(step=0, loss=0.0, ortho=0.0, seconds=0.0, tokens=0, best=-1.0, best_step=0,
              best_model=None, micro=min(args.micro_batch or mine, mine))
     if state:
         agf.restore(state, model, optimizer)
         s = {key: state[key] for key in s}
-    net = model
     if SIZE > 1:                     # "none" leaves parameters without a gradient
         net = nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=args.mixer == "none")
+            model, find_unused_parameters=args.mixer == "none")
     if args.compile:
         net = torch.compile(net)
 
-    @functools.lru_cache(2)
+    @functools.lru_cache(1)
     def order(epoch):
         """Rows of each batch of an epoch. Like lengths go together: less padding."""
         rng = np.random.default_rng([seed, epoch])
@@ -779,43 +580,43 @@ def train(seed, args, setting, splits, device, state, save, log, bar):
     def batch_at(step):
         # Dropout too is fixed by seed, step and process, so that a resumed run repeats it.
         torch.manual_seed((seed * 1_000_003 + step) * 4096 + RANK)
-        rows = order(step // per_epoch)[step % per_epoch][RANK::SIZE]
+        rows = order(step // per_epoch)[step % per_epoch]
+        s["tokens"] += int(train_split.size[rows].sum())             # padding not counted
         length = setting["length"] if args.compile else None         # compile one shape
-        return [batch(train_split, part, device, length) for part in rows.split(s["micro"])]
+        return [batch(train_split, part, device, length)
+                for part in rows[RANK::SIZE].split(s["micro"])]
 
     def after_step(done, loss, ortho):
         nonlocal begin, saved
-        s["loss"], s["ortho"] = s["loss"] + loss, s["ortho"] + ortho
-        rows = order((done - 1) // per_epoch)[(done - 1) % per_epoch]
-        s["tokens"] += int(train_split.size[rows].sum())             # padding not counted
-        s["step"] = done
+        s.update(step=done, loss=s["loss"] + loss, ortho=s["ortho"] + ortho)
         bar.update()
-        if done % every == 0 or done == steps:
-            sums = [x / SIZE for x in total(float(s["loss"]), float(s["ortho"]))]
-            if not math.isfinite(sum(sums)):
+        evaluate = done % every == 0 or done == steps
+        if evaluate:
+            count = done - (done - 1) // every * every
+            mean = [x / SIZE / count for x in total(float(s["loss"]), float(s["ortho"]))]
+            if not math.isfinite(sum(mean)):
                 raise UserError(f"the loss is not finite before step {done} of seed {seed}: "
                                 f"try a smaller --lr (now {setting['lr']:g})")
-            s["seconds"] += time.perf_counter() - begin
+        s["seconds"] += time.perf_counter() - begin      # what follows is not counted
+        if evaluate:
             dev = accuracy(model, dev_split, device, size)
-            begin = time.perf_counter()                              # evaluation is not counted
             if dev > s["best"]:
                 s.update(best=dev, best_step=done, best_model={
                     k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
-            count = done - (done - 1) // every * every
             log(dict(seed=seed, epoch=round(done / per_epoch, 3), step=done, lr=rate(done - 1),
-                     loss=sums[0] / count, ortho=sums[1] / count, dev_accuracy=dev,
+                     loss=mean[0], ortho=mean[1], dev_accuracy=dev,
                      tokens_per_second=round(s["tokens"] / s["seconds"]),
                      peak_memory_mb=peak_memory_mb(device)))
-            bar.set_postfix(loss=f"{sums[0] / count:.3f}", dev=f"{100 * dev:.1f} %")
-            s["loss"] = s["ortho"] = 0.0
+            bar.set_postfix(loss=f"{mean[0]:.3f}", dev=f"{100 * dev:.1f} %")
+            s.update(loss=0.0, ortho=0.0)
         stop = total(bool(stop_asked))[0] > 0            # all processes stop at the same step
-        now = time.perf_counter()
-        if stop or now - saved > train_uea.SAVE_EVERY:
-            s["seconds"], begin, saved = s["seconds"] + now - begin, now, now
+        if stop or time.perf_counter() - saved > train_uea.SAVE_EVERY:
+            saved = time.perf_counter()
             save(agf.training_state(model, optimizer)
                  | s | dict(loss=float(s["loss"]), ortho=float(s["ortho"])))
-            if stop:
-                raise Stopped(args.out)
+        if stop:
+            raise Stopped(args.out)
+        begin = time.perf_counter()
 
     bar.reset(steps)
     bar.update(s["step"])
@@ -823,8 +624,8 @@ def train(seed, args, setting, splits, device, state, save, log, bar):
     while s["step"] < steps:
         try:
             agf.fit(model, optimizer, batch_at, steps, rate=rate, start=s["step"],
-                    gamma=setting["gamma"], clip=1.0, amp=device.type == "cuda", net=net,
-                    share=mine * SIZE / size, after_step=after_step)
+                    gamma=setting["gamma"], clip=1.0, amp=amp, net=net, share=mine * SIZE / size,
+                    after_step=after_step)
         except torch.cuda.OutOfMemoryError:
             if s["micro"] == 1 or SIZE > 1:              # processes cannot repeat a step alone
                 raise UserError(f"the GPU's memory is too small for {s['micro']} samples at once: "
@@ -832,13 +633,12 @@ def train(seed, args, setting, splits, device, state, save, log, bar):
             s["micro"] = -(-s["micro"] // 2)
         else:
             break
-        optimizer.zero_grad()                            # the failed step's memory is free now
+        optimizer.zero_grad()        # here, outside `except`, the failed step's memory is free
         torch.cuda.empty_cache()
         bar.write(f"step {s['step'] + 1} does not fit: {s['micro']} samples at once from here on")
-    s["seconds"] += time.perf_counter() - begin
     model.load_state_dict(s["best_model"])
-    test = accuracy(model, test_split, device, size)
-    off = accuracy(train_uea.without_mixers(model), test_split, device, size)
+    test, off = (accuracy(m, test_split, device, size)
+                 for m in (model, train_uea.without_mixers(model)))
     return model, dict(seed=seed, epochs=round(steps / per_epoch, 3), test_accuracy=test,
                        test_accuracy_mixers_off=off, dev_accuracy=s["best"],
                        best_step=s["best_step"], train_seconds=round(s["seconds"], 2),
@@ -848,30 +648,27 @@ def train(seed, args, setting, splits, device, state, save, log, bar):
 
 def run(args):
     """Train all seeds of one setting, new or resumed; process 0 leaves the whole run folder."""
-    args.out = args.out or time.strftime(f"runs/{args.task}-%Y%m%d-%H%M%S")
-    out, first = Path(args.out), RANK == 0
     begin = time.perf_counter()
-    setting = resolve(args)
-    notes = [QUICK_NOTE] * args.quick + \
-        [SYNTHETIC_NOTE] * (args.task == "pathfinder" and (args.synthetic or args.quick))
-    name = args.task + "-synthetic" * args.synthetic
-    one_each = SIZE > 1 and args.device == "auto" and torch.cuda.is_available()
-    device, reason = train_uea.pick_device(f"cuda:{LOCAL}" if one_each else args.device)
+    args.out = args.out or time.strftime(f"runs/{args.task}-%Y%m%d-%H%M%S")
+    out, first, setting = Path(args.out), RANK == 0, resolve(args)
+    own_gpu = SIZE > 1 and args.device == "auto" and torch.cuda.is_available()
+    device, reason = train_uea.pick_device(f"cuda:{LOCAL}" if own_gpu else args.device)
+    parameters = sum(p.numel() for p in build(args.task, setting, args.mixer).parameters())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
-    parameters = sum(p.numel() for p in build(args.task, setting, args.mixer).parameters())
-    state = {}
-    if SIZE > 1:
-        start_processes(device)
-    if LOCAL == 0:                   # one process of a machine makes what the others then find
-        splits = load_task(args, setting)
-    total()
-    if LOCAL != 0:
-        splits = load_task(args, setting)
-    if first and args.resume and (out / "checkpoint.pt").exists():
+    if SIZE > 1:     # Patience: one process makes the data. A dead one is noticed at once.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                       timeout=datetime.timedelta(hours=3))
+    for turn in (LOCAL == 0, LOCAL > 0):         # the first one makes what the others then find
+        if turn:
+            splits = load_task(args, setting)
+        total()
+    state, notes = {}, [QUICK_NOTE] * args.quick
+    if args.task == "pathfinder" and (args.synthetic or args.quick):
+        notes.append(SYNTHETIC_NOTE)
+    if args.resume and first and (out / "checkpoint.pt").exists():
         state = agf.load(out / "checkpoint.pt")
-    if SIZE > 1:                     # only process 0 needs to see the run folder
+    if SIZE > 1:                     # the machines of the others need no checkpoint
         box = [state]
         distributed.broadcast_object_list(box, device=torch.device("cpu"))
         state = box[0]
@@ -881,74 +678,35 @@ def run(args):
     if device.type == "cuda":        # small next to a GPU, and then batches need no copies
         for split in splits:
             split.tokens = split.tokens.to(device) if len(split.tokens) < 4e9 else split.tokens
-    say = functools.partial(print, flush=True) if first else lambda *_: None
-    for note in notes:
-        say(note)
-    for split in splits:
-        if cut := int((split.full > setting["length"]).sum()):
-            say(f"{split.name}: {cut} inputs are longer than --length: cut to "
-                f"{setting['length']} tokens")
-    say(f"{name}: {', '.join(f'{len(split)} {split.name}' for split in splits)}, length "
-        f"{setting['length']}, {setting['steps']} steps of {setting['batch_size']}")
-    say(f"mixer {args.mixer}, {parameters:,} parameters, {SIZE} process(es), {device} ({reason}), "
-        f"run folder {out}")
+    name = args.task + "-synthetic" * args.synthetic
+    if first:
+        for part, split in zip(("train", "dev", "test"), splits):
+            print(f"{name}, {part}: {len(split)} samples")
+            if cut := int((split.full > setting["length"]).sum()):
+                print(f"{part}: {cut} inputs are longer than --length: cut to {setting['length']}")
+        for note in notes:
+            print(note)
+        print(f"length {setting['length']}, {setting['steps']} steps of "
+              f"{setting['batch_size']}, mixer {args.mixer}, {parameters:,} parameters, {SIZE} "
+              f"process(es), {device} ({reason}), run folder {out}", flush=True)
 
-    results, rows = state.get("results", []), state.get("rows", [])
-
-    def save(training=None):
-        if first:
-            agf.save(out / "checkpoint.pt", results=results, rows=rows, training=training)
-            write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop_asked.append(True))
-    from tqdm import tqdm
-    for seed in range(args.seed + len(results), args.seed + args.seeds):
-        with tqdm(desc=f"seed {seed}", unit="step", disable=None if first else True,
-                  leave=False) as bar:
-            model, result = train(seed, args, setting, splits, device, state.get("training"),
-                                  save, rows.append, bar)
-        state = {}
-        if first and not results:    # model.pt is the first seed's: the best would be cheating
-            agf.save(out / "model.pt", model=model.state_dict(), task=args.task, setting=setting,
-                     mixer=args.mixer)
-        results.append(result)
-        save()
-        say(f"seed {seed}: test accuracy {100 * result['test_accuracy']:.2f} % "
-            f"({100 * result['test_accuracy_mixers_off']:.2f} with the mixers off), dev "
-            f"{100 * result['dev_accuracy']:.2f} % at step {result['best_step']}, "
-            f"{result['train_seconds']:.1f} s, {result['tokens_per_second']:,} tokens/s")
+    results, rows = train_uea.all_seeds(
+        args, state, functools.partial(train, args, setting, splits, device),
+        dict(task=args.task, setting=setting, mixer=args.mixer), first)
     if SIZE > 1:
         distributed.destroy_process_group()
-    if not first:
-        return
-
-    column = lambda key: [r[key] for r in results]
-    score = torch.tensor(column("test_accuracy"), dtype=torch.float64)
-    deviation = score.std().item() if len(score) > 1 else None
-    summary = dict(
-        dataset=name, task=args.task, mixer=args.mixer, preset="paper",
-        protocol="best dev checkpoint, one pass over test", notes=notes, seeds=column("seed"),
-        steps=setting["steps"], epochs=results[0]["epochs"], test_accuracy=score.tolist(),
-        test_accuracy_mean=score.mean().item(), test_accuracy_std=deviation,
-        test_accuracy_mixers_off=column("test_accuracy_mixers_off"),
-        dev_accuracy=column("dev_accuracy"), best_step=column("best_step"),
-        train_seconds=column("train_seconds"), tokens_per_second=column("tokens_per_second"),
-        peak_memory_mb=column("peak_memory_mb"), parameters=parameters,
-        device=f"{device} ({reason})", processes=SIZE, versions=train_uea.versions(),
-        command=json.loads((out / "config.json").read_text())["command"],
-        date=time.strftime("%Y-%m-%d"))
-    model = load_model(out)[0].to(device)
-    train_uea.curves(out, rows, "step", summary, [("dev_accuracy", "dev accuracy")])
-    sample = torch.arange(min(64, len(splits[2])))
-    train_uea.filters(out, model, batch(splits[2], sample, device)[:2])
-    write(out / "result.json", json.dumps(summary, indent=2) + "\n")
-    (out / "checkpoint.pt").unlink()
-    spread = "" if deviation is None else f" +- {100 * deviation:.2f} (std, n = {len(score)})"
-    say(f"test accuracy {100 * score.mean():.2f} %{spread}; "
-        f"{time.perf_counter() - begin:.0f} s in all; see {out}")
-    for note in notes:
-        say(note)
+    if first:
+        sample = torch.arange(min(64, len(splits[2])))
+        train_uea.finish(
+            out, results, rows, begin, load_model(out)[0].to(device),
+            batch(splits[2], sample, device)[:2], "step",
+            dict(dataset=name, task=args.task, mixer=args.mixer, preset="paper",
+                 protocol="best dev checkpoint, one pass over test", notes=notes,
+                 steps=setting["steps"], parameters=parameters, device=f"{device} ({reason})",
+                 processes=SIZE, versions=train_uea.versions()),
+            [("dev_accuracy", "dev accuracy")])
+        for note in notes:
+            print(note)
 
 
 def load_model(run):
@@ -964,41 +722,29 @@ def load_model(run):
         raise UserError(f"{path}: not a checkpoint of train_lra.py") from None
 
 
+def start(argv):
+    args, parser = options(argv)
+    if args.resume:
+        args = train_uea.resumed(args, parser)
+        if train_uea.finished(args.resume):
+            return
+    if not args.task:
+        raise UserError(f"which task? --task {', '.join(TASKS)}")
+    run(args)
+
+
 def main(argv=None):
-    who = "train_lra.py" if SIZE == 1 else f"train_lra.py, process {RANK}"
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)     # clean up, then end
+    process = f", process {RANK}" if SIZE > 1 else ""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # clean up, then end
     try:
-        args, parser = options(argv)
-        if args.resume:
-            args = train_uea.resumed(args, parser)
-            if (result := Path(args.resume) / "result.json").exists():
-                mean = json.loads(result.read_text())["test_accuracy_mean"]
-                print(f"{args.resume} is finished: test accuracy {100 * mean:.2f} %, see {result}")
-                return 0
-        if not args.task:
-            raise UserError(f"which task? --task {', '.join(TASKS)}")
-        run(args)
-    except (UserError, OSError) as error:        # OSError: a full disk, a folder taken away
-        print(f"{who}: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        if RANK == 0:
-            print(f"stopped; go on with: python train_lra.py --resume {stopped}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:        # before the first step: nothing to keep
-        print("stopped", file=sys.stderr)
-        return 130
+        return train_uea.guard("train_lra.py", start, argv, process)
     except RuntimeError as error:
         lost = ("peer", "gloo", "nccl", "socket", "connection")
         if SIZE == 1 or not any(word in str(error).lower() for word in lost):
             raise
-        print(f"{who}: another process was lost, so this one ends ({first_line(error)}). Start "
-              f"again with --resume RUN", file=sys.stderr)
+        print(f"train_lra.py{process}: another process was lost, so this one ends "
+              f"({first_line(error)}). Start again with --resume RUN", file=sys.stderr)
         return 1
-    finally:
-        if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
-            signal.signal(signal.SIGTERM, previous)
-    return 0
 
 
 if __name__ == "__main__":

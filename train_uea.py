@@ -7,9 +7,11 @@ Protocol: a fixed number of epochs on the whole train split, then one pass over 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import difflib
+import functools
 import json
 import math
 import os
@@ -71,6 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_options(g):
     """What both scripts ask about a run."""
+    g.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-TIME)")
     g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, same numbers")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     g.add_argument("--seeds", type=int, default=1, metavar="N",
@@ -113,7 +116,6 @@ def options(argv):
     g.add_argument("--list", action="store_true", help="name the sets usable now, and the paper's")
     g.add_argument("--data-dir", default="data", metavar="DIR",
                    help="first place for NAME/NAME_TRAIN.ts, downloads go there (default: data)")
-    g.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-TIME)")
     g.add_argument("--predict", metavar="FILE.ts", help="classify new series, CSV to standard out")
     g.add_argument("--checkpoint", metavar="RUN", help="the run folder (or model.pt) for --predict")
     run_options(g)
@@ -179,11 +181,9 @@ def find(name, data_dir):
     print(f"downloading {name} with aeon, which shows no progress (a few sets have hundreds of MB)")
     home = Path(data_dir)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as part:      # whole or not at all
-            load_classification(name, split="train", extract_path=part,
+        with whole(home / name) as part:
+            load_classification(name, split="train", extract_path=str(part.parent),
                                 load_equal_length=False, load_no_missing=False)
-            os.replace(Path(part) / name, home / name)
     except Exception as error:
         raise UserError(
             f"could not download {name} ({type(error).__name__}: {first_line(error)}). Fetch "
@@ -191,6 +191,19 @@ def find(name, data_dir):
             f"record {tsc_zenodo[name]}, and unpack it so that {home / name / f'{name}_TRAIN.ts'} "
             f"and _TEST.ts exist") from None
     return [home / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A place to write a file or folder that then goes to `path`: all of it, or nothing stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
+        yield Path(folder, path.name)
+        try:
+            os.replace(Path(folder, path.name), path)
+        except OSError:
+            if not path.exists():    # else another process was faster
+                raise
 
 
 def first_line(error):
@@ -339,7 +352,7 @@ def make_optimizer(model, kind, lr):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def train(seed, args, setting, config, splits, device, state, save, log, bar):
+def train(args, setting, config, splits, device, seed, state, save, log, bar):
     """One seed, from scratch or from `state`: -> (model, result of this seed)."""
     train_split, test_split = splits
     torch.manual_seed(seed)
@@ -443,47 +456,62 @@ def run(args):
     print(f"mixer {args.mixer}, {parameters:,} parameters, {device} ({reason}), run folder {out}",
           flush=True)
 
-    results, rows = state.get("results", []), state.get("rows", [])
+    train_one = functools.partial(train, args, setting, config, (train_split, test_split), device)
+    results, rows = all_seeds(args, state, train_one, dict(config=agf.asdict(config), **data))
+    facts = dict(dataset=args.dataset, mixer=args.mixer, preset=args.preset, protocol=args.protocol,
+                 parameters=parameters, device=f"{device} ({reason})", versions=versions("aeon"))
+    if args.protocol == "paper":
+        facts["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
+        best = np.mean([r["best_test_accuracy"] for r in results])
+        print(f"best epoch on the test split: {100 * best:.2f} % (optimistic: chosen on it)")
+    model = load_model(out)[0].to(device)
+    finish(out, results, rows, begin, model, next(batches(test_split, 64, device)), "epoch", facts)
+
+
+def all_seeds(args, state, train_one, parts, first=True):
+    """Train each seed, from the start or from an interrupted run's `state`: -> results, log rows.
+
+    train_one(seed, its saved state or None, save, log, bar) -> (model, result of this seed).
+    parts: what model.pt holds beside the weights. Only the `first` of several processes writes.
+    """
+    out, results, rows = Path(args.out), state.get("results", []), state.get("rows", [])
 
     def save(training=None):
-        agf.save(out / "checkpoint.pt", results=results, rows=rows, training=training)
-        write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if first:
+            agf.save(out / "checkpoint.pt", results=results, rows=rows, training=training)
+            write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop_asked.append(True))
     from tqdm import tqdm
     for seed in range(args.seed + len(results), args.seed + args.seeds):
-        with tqdm(desc=f"seed {seed}", unit="step", disable=None, leave=False) as bar:
-            model, result = train(seed, args, setting, config, (train_split, test_split), device,
-                                  state.get("training"), save, rows.append, bar)
-        state = {}
-        if not results:              # model.pt is the first seed's: the best would be cheating
-            agf.save(out / "model.pt", model=model.state_dict(), config=agf.asdict(config), **data)
+        with tqdm(desc=f"seed {seed}", unit="step", disable=None if first else True,
+                  leave=False) as bar:
+            model, result = train_one(seed, state.pop("training", None), save, rows.append, bar)
+        if first and not results:    # model.pt is the first seed's: the best would be cheating
+            agf.save(out / "model.pt", model=model.state_dict(), **parts)
         results.append(result)
         save()
-        print(f"seed {seed}: test accuracy {100 * result['test_accuracy']:.2f} % "
-              f"({100 * result['test_accuracy_mixers_off']:.2f} with the mixers off), "
-              f"{result['epochs']} epochs, {result['train_seconds']:.1f} s")
+        if first:
+            dev = f"dev {100 * result['dev_accuracy']:.2f} %, " if "dev_accuracy" in result else ""
+            print(f"seed {seed}: test accuracy {100 * result['test_accuracy']:.2f} % "
+                  f"({100 * result['test_accuracy_mixers_off']:.2f} with the mixers off), {dev}"
+                  f"{result['epochs']} epochs, {result['train_seconds']:.1f} s", flush=True)
+    return results, rows
 
-    column = lambda key: [r[key] for r in results]
-    score = torch.tensor(column("test_accuracy"), dtype=torch.float64)
+
+def finish(out, results, rows, begin, model, batch, time_axis, facts, panels=()):
+    """Write result.json and the pictures. Numbers of each seed go side by side in lists."""
+    column = {key: [r[key] for r in results] for key in results[0]}
+    score = torch.tensor(column["test_accuracy"], dtype=torch.float64)
     deviation = score.std().item() if len(score) > 1 else None
-    summary = dict(
-        dataset=args.dataset, mixer=args.mixer, preset=args.preset, protocol=args.protocol,
-        seeds=column("seed"), epochs=results[0]["epochs"], test_accuracy=score.tolist(),
-        test_accuracy_mean=score.mean().item(), test_accuracy_std=deviation,
-        test_accuracy_mixers_off=column("test_accuracy_mixers_off"),
-        train_seconds=column("train_seconds"), parameters=parameters, device=f"{device} ({reason})",
-        versions=versions("aeon"), command=json.loads((out / "config.json").read_text())["command"],
-        date=time.strftime("%Y-%m-%d"))
-    if args.protocol == "paper":
-        summary["best_test_accuracy"] = column("best_test_accuracy")
-        summary["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
-        best = torch.tensor(column("best_test_accuracy")).mean()
-        print(f"best epoch on the test split: {100 * best:.2f} % (optimistic: chosen on it)")
-    model = load_model(out)[0].to(device)
-    curves(out, rows, "epoch", summary)
-    filters(out, model, next(batches(test_split, 64, device)))
+    summary = facts | column | dict(
+        seeds=column["seed"], epochs=results[0]["epochs"], test_accuracy_mean=score.mean().item(),
+        test_accuracy_std=deviation, date=time.strftime("%Y-%m-%d"),
+        command=json.loads((out / "config.json").read_text())["command"])
+    del summary["seed"]
+    curves(out, rows, time_axis, summary, panels)
+    filters(out, model, batch)
     write(out / "result.json", json.dumps(summary, indent=2) + "\n")
     (out / "checkpoint.pt").unlink()
     spread = "" if deviation is None else f" +- {100 * deviation:.2f} (std, n = {len(score)})"
@@ -660,34 +688,48 @@ def resumed(args, parser):
     return argparse.Namespace(**saved | changed | dict(resume=args.resume, out=args.resume))
 
 
-def main(argv=None):
+def finished(run):
+    """Is there nothing left to resume? Then say so."""
+    result = Path(run) / "result.json"
+    if result.exists():
+        mean = json.loads(result.read_text())["test_accuracy_mean"]
+        print(f"{run} is finished: test accuracy {100 * mean:.2f} %, see {result}")
+    return result.exists()
+
+
+def guard(script, work, argv, process=""):
+    """work(argv) -> exit status. A mistake that the user can mend is told in one line."""
     try:
-        args, parser = options(argv)
-        if args.list:
-            list_sets(args.data_dir)
-            return 0
-        if args.predict:
-            predict(args)
-            return 0
-        if args.resume:
-            args = resumed(args, parser)
-            if (result := Path(args.resume) / "result.json").exists():
-                mean = json.loads(result.read_text())["test_accuracy_mean"]
-                print(f"{args.resume} is finished: test accuracy {100 * mean:.2f} %, see {result}")
-                return 0
-        if not args.dataset:
-            raise UserError("which data set? Try --dataset JapaneseVowels, or --list")
-        run(args)
+        work(argv)
     except (UserError, OSError) as error:        # OSError: a full disk, a folder taken away
-        print(f"train_uea.py: error: {error}", file=sys.stderr)
+        print(f"{script}{process}: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"stopped; go on with: python train_uea.py --resume {stopped}", file=sys.stderr)
+        print(f"stopped; go on with: python {script} --resume {stopped}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:        # before the first step: nothing to keep
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def start(argv):
+    args, parser = options(argv)
+    if args.list:
+        return list_sets(args.data_dir)
+    if args.predict:
+        return predict(args)
+    if args.resume:
+        args = resumed(args, parser)
+        if finished(args.resume):
+            return
+    if not args.dataset:
+        raise UserError("which data set? Try --dataset JapaneseVowels, or --list")
+    run(args)
+
+
+def main(argv=None):
+    return guard("train_uea.py", start, argv)
 
 
 if __name__ == "__main__":
