@@ -468,11 +468,14 @@ def load_task(args, setting):
 def batch(split, rows, device, length=None):
     """-> x (B, n), keep (B, n) or None where all are of one length, y (B,). Retrieval: (B, 2, n).
 
-    n is that of the longest in the batch, padding changes nothing; or `length`, for torch.compile.
+    n is that of the longest in the batch, rounded up, padding changes nothing; or `length`, for
+    torch.compile.
     """
     where = split.tokens.device
     start, size = split.start[rows].to(where), split.size[rows].to(where)            # (B, docs)
-    at = torch.arange(max(1, length or int(split.size[rows].max())), device=where)   # (n,)
+    n = -(-int(split.size[rows].max()) // 32) * 32       # few different n: memory is used again
+    n = length or max(1, min(n, int(split.size.max())))
+    at = torch.arange(n, device=where)                                               # (n,)
     x = split.tokens[(start[..., None] + at).clamp(max=len(split.tokens) - 1)].long()
     keep = at < size[..., None]
     x, keep = (t.squeeze(1).to(device) for t in (x.masked_fill(~keep, 0), keep))
