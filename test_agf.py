@@ -1288,3 +1288,18 @@ def test_the_lra_settings_and_schedule_are_the_published_ones():
             assert theirs.get_last_lr()[0] == pytest.approx(mine(step), rel=0.02)
             optimizer.step()
             theirs.step()
+
+
+def test_the_python_examples_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                     # they write runs/
+    monkeypatch.setattr(agf, "MIXERS", dict(agf.MIXERS))
+    text = (Path(__file__).parent / "README.md").read_text()
+    examples = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(examples) >= 2
+    for example in examples:
+        exec(example, names := {})
+    assert len(json.loads((tmp_path / "runs/linear/result.json").read_text())["test_accuracy"]) == 1
+    mixer, x = names["LinearAttention"](8, 2), torch.randn(1, 6, 8)
+    junk = torch.full((1, 3, 8), math.nan)
+    keep = torch.arange(9)[None] < 6
+    torch.testing.assert_close(mixer(torch.cat([x, junk], 1), keep)[0][:, :6], mixer(x)[0])
