@@ -224,7 +224,7 @@ class AGFAttention(nn.Module):
         return hide_padding(out, keep), orthogonality_loss(U, V)
 
     def forward(self, x, keep=None):
-        """The same numbers as plain(), faster. torch.compile is better at plain() itself."""
+        """The same numbers as plain(), faster. A compiler gets plain(), and fuses it itself."""
         if torch.compiler.is_compiling():
             return self.plain(x, keep)
         U, s, V, value = self.factors(x, keep)
