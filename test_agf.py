@@ -143,7 +143,7 @@ def test_the_plain_forms_bear_torch_func_and_second_derivatives_and_the_fast_one
     one = torch.func.vmap(torch.func.grad(filter.plain))(s)
     torch.testing.assert_close(one, torch.autograd.grad(filter(s).sum(), s)[0])
     assert torch.autograd.gradgradcheck(filter.plain, (s,))
-    mixer, x = agf.AGFAttention(4, 2), torch.randn(1, 5, 4, requires_grad=True)
+    mixer, x = agf.AGFAttention(4, 2), torch.randn(1, 128, 4, requires_grad=True)      # long: not plain
     for call, at in ((filter, s), (lambda x: mixer(x)[0], x)):
         first, = torch.autograd.grad(call(at).square().sum(), at, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -239,22 +239,23 @@ def test_matrix_is_the_matrix_that_forward_never_builds(name):
         torch.testing.assert_close(out, mixer(x, mask)[0], rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_forward_equals_plain_in_values_and_gradients(amp, masked):
-    mixer, found = agf.AGFAttention(24, 3, order=6), []
+def test_forward_on_long_sequences_equals_plain_in_values_and_gradients(dtype, masked):
+    amp, wide = dtype == torch.bfloat16, torch.float32 if dtype == torch.bfloat16 else dtype
+    mixer, found, n = agf.AGFAttention(24, 3, order=6).to(wide), [], 150
     nn.init.normal_(mixer.filter.theta)
-    x, keep = torch.randn(4, 30, 24, requires_grad=True), random_keep(4, 30) if masked else None
-    weight = torch.randn(4, 30, 24)
+    x, keep = torch.randn(4, n, 24, dtype=wide, requires_grad=True), random_keep(4, n) if masked else None
+    weight = torch.randn(4, n, 24)
     for call in (mixer, mixer.plain):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             out, ortho = call(x, keep)
-        assert out.dtype == (torch.bfloat16 if amp else torch.float32) and ortho.dtype == torch.float32
+        assert out.dtype == dtype and ortho.dtype == wide
         total = (out * weight).sum() + ortho.sum()
+        assert ("Products" in total.grad_fn.next_functions[1][0].next_functions[0][0].name()) == (call is mixer)
         found.append([out, ortho, *torch.autograd.grad(total, [x, *mixer.parameters()])])
     for fast, plain in zip(*found):
-        gap = (fast - plain).norm() / plain.norm()
-        assert gap < (0.02 if amp else 1e-5)
+        assert (fast - plain).norm() < {8: 1e-13, 4: 1e-5, 2: 0.02}[dtype.itemsize] * plain.norm()
 
 
 def test_gradcheck_of_the_mixer():
