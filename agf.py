@@ -105,12 +105,12 @@ class JacobiFilter(nn.Module):
         if basis == "monomial":
             self.rows = [(1.0, 0.0, 0.0)] * order            # T_k = s T_{k-1}
         self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; coefficients() are the effective
-        # The same T_k in powers of y = 2s - 1, which float32 bears since |y| < 1: row k of M holds
-        # the coefficients of T_k, by the recurrence with s = (y + 1) / 2.
+        # The same T_k in powers of y = s - 1/2, which float32 bears since |y| < 1/2: row k of M
+        # holds the coefficients of T_k, by the recurrence with s = y + 1/2.
         M = torch.zeros(order + 1, order + 1, dtype=torch.float64)
         M[0, 0] = 1
         for k, (A, B, C) in enumerate(self.rows, start=1):
-            M[k] = (A / 2 + B) * M[k - 1] + A / 2 * M[k - 1].roll(1) - (C * M[k - 2] if C else 0)
+            M[k] = (A / 2 + B) * M[k - 1] + A * M[k - 1].roll(1) - (C * M[k - 2] if C else 0)
         self.powers = M.tolist()
 
     def coefficients(self):
@@ -133,20 +133,20 @@ class JacobiFilter(nn.Module):
         return Polynomial.apply(s, (theta[:, None] * M).sum(0))
 
 class Polynomial(torch.autograd.Function):
-    """p(y) = sum_j c_j y^j at y = 2s - 1, elementwise. Autograd alone would store K tensors like s;
-    here s is enough: the gradients are 2 grad p'(y) for s and the sum of grad y^j for c_j."""
+    """p(y) = sum_j c_j y^j at y = s - 1/2, elementwise. Autograd alone would store K tensors like
+    s; here s is enough: the gradients are grad p'(y) for s and the sum of grad y^j for c_j."""
 
     @staticmethod
     def forward(ctx, s, c):
         ctx.save_for_backward(s, c)
-        return horner(2 * s - 1, c)
+        return horner(s - 0.5, c)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         s, c = ctx.saved_tensors
-        y = 2 * s - 1
-        slope = 2 * c[1:] * torch.arange(1, len(c), device=c.device)        # dp/ds
+        y = s - 0.5
+        slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
         into_s = horner(y, slope).mul_(grad)
         power, sums = grad * y, [grad.sum()]                 # grad y^j and its sum, from j = 0
         for _ in c[1:]:
@@ -203,17 +203,17 @@ class AGFAttention(nn.Module):
         x = hide_padding(x, keep)
         # Four maps, not one and a split: each result is contiguous, which saves copies later.
         maps = zip(self.in_proj.weight.chunk(4), self.in_proj.bias.chunk(4))
-        U, s, V, value = (F.linear(x, W, b).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-                          for W, b in maps)                  # each (B, h, n, d)
+        U, s, V, value = (F.linear(x, W, b).view(*x.shape[:2], self.heads, -1) for W, b in maps)
         U = at_least_float32(U).softmax(-1)                  # over features: rows of U sum to 1
         s = at_least_float32(s).sigmoid()                    # in (0, 1)
-        V = at_least_float32(V)
+        V = at_least_float32(V)                              # all of them (B, n, h, d)
         if keep is None:
-            return U, s, V.softmax(2), value                 # over tokens: columns of V sum to 1
-        hide = ~keep[:, None, :, None]                       # (B, 1, n, 1)
-        # The lowest number, not -inf: a fully padded row must not be 0/0.
-        V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(2)
-        return U.masked_fill(hide, 0), s, V.masked_fill(hide, 0), value
+            V = V.softmax(1)                                 # over tokens: columns of V sum to 1
+        else:        # the lowest number, not -inf: a fully padded row must not be 0/0
+            hide = ~keep[:, :, None, None]                   # (B, n, 1, 1)
+            V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(1).masked_fill(hide, 0)
+            U = U.masked_fill(hide, 0)
+        return tuple(part.transpose(1, 2) for part in (U, s, V, value))     # each (B, h, n, d)
 
     def plain(self, x, keep=None):
         """The definition, word for word."""
@@ -281,7 +281,7 @@ class Products(torch.autograd.Function):
             put(dV, i, value, dM.mT)
             put(dV, i, V, w * signV.to(w.dtype), add=True)
             put(dU, i, U, w * signU.to(w.dtype))
-        return dU.addcmul_(dleft, p), dleft * U, dV, dvalue
+        return dU.addcmul_(dleft, p), dleft.mul_(U), dV, dvalue
 
 def put(out, i, x, small, add=False):
     """out_i = x_i small for head i, without a temporary: (B, h, n, d), small (B, d, d)."""
