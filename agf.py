@@ -155,10 +155,11 @@ class Polynomial(torch.autograd.Function):
         return into_s, torch.stack(sums)
 
 def horner(y, c):
-    """c_0 + y (c_1 + y (c_2 + ...)), in one buffer: a new tensor for each degree costs more."""
+    """c_0 + y (c_1 + y (c_2 + ...)), in one buffer: a new tensor for each degree costs more. But not
+    for a compiler, which fuses the loop, and which in torch 2.11 loses the gradient otherwise."""
     p = torch.empty_like(y).copy_(c[-1])
     for j in range(len(c) - 2, -1, -1):
-        p.mul_(y).add_(c[j])
+        p = p * y + c[j] if torch.compiler.is_compiling() else p.mul_(y).add_(c[j])
     return p
 
 def at_least_float32(x):
@@ -225,7 +226,7 @@ class AGFAttention(nn.Module):
 
     def forward(self, x, keep=None):
         """The same numbers as plain(), faster on long sequences."""
-        if torch.compiler.is_compiling() or x.shape[1] < 128:    # a compiler fuses plain() itself
+        if x.shape[1] < 128:
             return self.plain(x, keep)
         U, s, V, value = self.factors(x, keep)
         with torch.autocast(x.device.type, enabled=False):   # Products chooses its types itself
