@@ -148,10 +148,8 @@ class Polynomial(torch.autograd.Function):
         y = s - 0.5
         slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
         into_s = horner(y, slope).mul_(grad)
-        power, sums = grad * y, [grad.sum()]                 # grad y^j and its sum, from j = 0
-        for _ in c[1:]:
-            sums.append(power.sum())
-            power.mul_(y)
+        power = grad * y                                     # grad y^j, in one buffer
+        sums = [grad.sum(), power.sum()] + [power.mul_(y).sum() for _ in c[2:]]
         return into_s, torch.stack(sums)
 
 def horner(y, c):
