@@ -30,16 +30,14 @@ Glossary
 Differs from the paper: in no equation. Where the paper is silent we follow the official code (tanh
 on theta, theta_0 = 1, scale of the orthogonality loss).
 Differs from the official code: padding is masked everywhere, so adding padded tokens changes no
-result. The polynomial (Horner's rule) and the mixer's products have gradients written by hand, for
-speed. `plain` of JacobiFilter and AGFAttention is the printed form, with the same numbers; only it
-bears torch.func and second derivatives.
-Does not include: causal masks, key-value caches, encoder-decoder attention.
+result. At K = 0 there is no map for s. The gradient of the polynomial is written by hand, for speed
+and memory; `JacobiFilter.plain` is the printed form, with the same numbers.
+Does not include: causal masks (notebook 09 does), key-value caches, encoder-decoder attention.
 """
 
 import math
-import os
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,20 +62,19 @@ def recurrence(order, a, b):
     rows = [((a + b + 2) / 2, (a - b) / 2, 0.0)][:order]
     for k in range(2, order + 1):
         c = 2 * k + a + b
-        if abs(k + a + b) < 1e-9 or abs(c - 2) < 1e-9:
-            raise ValueError(f"the recurrence is undefined at {k=} for {a=}, {b=}: k+a+b = "
-                             f"{k + a + b:g}, 2k+a+b-2 = {c - 2:g}, neither may be 0")
         left = 2 * k * (k + a + b) * (c - 2)
+        if abs(left) < 1e-9:
+            raise ValueError(f"the Jacobi recurrence divides by 0 at {k=} for {a=}, {b=}")
         rows.append(((c - 1) * c * (c - 2) / left, (c - 1) * (a * a - b * b) / left,
                      2 * (k + a - 1) * (k + b - 1) * c / left))
     return rows
 
 def three_terms(x, rows):
-    """T_0..T_K at x from the rows of a recurrence: x (any shape) -> (K+1, *x.shape)."""
+    """[T_0(x), ..., T_K(x)] from the rows of a recurrence, each of the shape of x."""
     T = [torch.ones_like(x)]
     for A, B, C in rows:
         T.append((A * x + B) * T[-1] - (C * T[-2] if C else 0))
-    return torch.stack(T)
+    return T
 
 def jacobi(x, order, a, b):
     """Jacobi polynomials P_0..P_order at x: x (any shape) -> (order+1, *x.shape).
@@ -85,7 +82,7 @@ def jacobi(x, order, a, b):
     They are orthogonal on [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1), and some
     published settings have b <= -1: the recurrence still holds, the orthogonality does not.
     """
-    return three_terms(x, recurrence(order, a, b))
+    return torch.stack(three_terms(x, recurrence(order, a, b)))
 
 class JacobiFilter(nn.Module):
     """The filter p(s) = sum_k theta_k T_k(s), elementwise: s (any shape) -> the same shape.
@@ -99,19 +96,13 @@ class JacobiFilter(nn.Module):
         super().__init__()
         if basis not in BASES:
             raise ValueError(f"unknown basis {basis!r}; choose one of {', '.join(BASES)}")
-        a, b = (a, b) if basis == "jacobi" else (-0.5, -0.5) if basis == "chebyshev" else (0.0, 0.0)
+        a, b = {"jacobi": (a, b), "chebyshev": (-0.5, -0.5)}.get(basis, (0.0, 0.0))
         self.order, self.basis, self.a, self.b, self.identity = order, basis, a, b, identity
         self.rows = recurrence(order, a, b)
         if basis == "monomial":
             self.rows = [(1.0, 0.0, 0.0)] * order            # T_k = s T_{k-1}
         self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; coefficients() are the effective
-        # The same T_k in powers of y = s - 1/2, which float32 bears since |y| < 1/2: row k of M
-        # holds the coefficients of T_k, by the recurrence with s = y + 1/2.
-        M = torch.zeros(order + 1, order + 1, dtype=torch.float64)
-        M[0, 0] = 1
-        for k, (A, B, C) in enumerate(self.rows, start=1):
-            M[k] = (A / 2 + B) * M[k - 1] + A * M[k - 1].roll(1) - (C * M[k - 2] if C else 0)
-        self.powers = M.tolist()
+        self.powers = powers_of_y(self.rows)
 
     def coefficients(self):
         """Effective theta, (order+1,): tanh keeps each in (-1, 1), its sign is free (Theorem 2)."""
@@ -120,26 +111,41 @@ class JacobiFilter(nn.Module):
 
     def plain(self, s):
         """The definition, word for word: build T_0..T_K, weight, sum."""
-        return torch.tensordot(self.coefficients().to(s.dtype), three_terms(s, self.rows), 1)
+        theta = self.coefficients().to(s.dtype)
+        return sum(theta_k * T_k for theta_k, T_k in zip(theta, three_terms(s, self.rows)))
 
     def forward(self, s):
-        """The same numbers as plain(), faster and in the memory of one tensor instead of K."""
-        s, theta = at_least_float32(s), self.coefficients()
-        if self.order == 0:
-            return theta[0].to(s.dtype).expand_as(s)
-        if self.order > 12:                                  # large powers cancel too much
+        """The same numbers as plain(), faster and in the memory of one tensor instead of K. Not at
+        a large order, where powers cancel too much, nor for a compiler, which does this itself."""
+        s = at_least_float32(s)
+        if self.order > 12 or torch.compiler.is_compiling():
             return self.plain(s)
-        M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)
-        return Polynomial.apply(s, (theta[:, None] * M).sum(0))
+        M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)       # (K+1, K+1)
+        c = (self.coefficients()[:, None] * M).sum(0)                       # (K+1,)
+        return Polynomial.apply(s, c)
+
+def powers_of_y(rows):
+    """T_0..T_K in powers of y = s - 1/2: row k holds the coefficients of T_k. Why y: |y| < 1/2, so
+    float32 bears its powers. Why lists: a tensor made in a constructor would break meta devices."""
+    T = [[1.0] + [0.0] * len(rows)]
+    for k, (A, B, C) in enumerate(rows, start=1):            # the recurrence, with s = y + 1/2
+        y_times = [0.0] + T[-1]
+        T.append([A * y_times[j] + (A / 2 + B) * t - (C * T[k - 2][j] if C else 0)
+                  for j, t in enumerate(T[-1])])
+    return T
 
 class Polynomial(torch.autograd.Function):
-    """p(y) = sum_j c_j y^j at y = s - 1/2, elementwise. Autograd alone would store K tensors like
+    """p(s) = sum_j c_j y^j at y = s - 1/2, elementwise. Autograd alone would store K tensors like
     s; here s is enough: the gradients are grad p'(y) for s and the sum of grad y^j for c_j."""
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, s, c):
-        ctx.save_for_backward(s, c)
+    def forward(s, c):
         return horner(s - 0.5, c)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -147,17 +153,15 @@ class Polynomial(torch.autograd.Function):
         s, c = ctx.saved_tensors
         y = s - 0.5
         slope = c[1:] * torch.arange(1, len(c), device=c.device)            # of p'
-        into_s = horner(y, slope).mul_(grad)
         power = grad * y                                     # grad y^j, in one buffer
         sums = [grad.sum(), power.sum()] + [power.mul_(y).sum() for _ in c[2:]]
-        return into_s, torch.stack(sums)
+        return horner(y, slope).mul_(grad), torch.stack(sums)
 
 def horner(y, c):
-    """c_0 + y (c_1 + y (c_2 + ...)), in one buffer: a new tensor for each degree costs more. But not
-    for a compiler, which fuses the loop, and which in torch 2.11 loses the gradient otherwise."""
-    p = torch.empty_like(y).copy_(c[-1])
-    for j in range(len(c) - 2, -1, -1):
-        p = p * y + c[j] if torch.compiler.is_compiling() else p.mul_(y).add_(c[j])
+    """c_0 + y (c_1 + y (c_2 + ...)), in one buffer: a new tensor for each degree costs more."""
+    p = torch.zeros_like(y).add_(c[-1])
+    for c_j in c.flip(0)[1:]:
+        p.mul_(y).add_(c_j)
     return p
 
 def at_least_float32(x):
@@ -165,6 +169,24 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 # 2. The orthogonality loss ------------------------------------------------------------------
+
+class Gram(torch.autograd.Function):
+    """U^T U, (..., n, d) -> (..., d, d). Autograd would make two gradients, one of them transposed
+    in memory, and add them; U (G + G^T) is the sum at once, 10 % of a training step at D = 64."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(U):
+        return U.mT @ U
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, G):
+        U, = ctx.saved_tensors
+        return U @ (G + G.mT)
 
 def orthogonality_loss(U, V, keep=None):
     """How far U and V are from orthonormal columns: (B, h, n, d) twice -> (B,), one value a sample.
@@ -181,110 +203,62 @@ def orthogonality_loss(U, V, keep=None):
             U, V = U.masked_fill(hide, 0), V.masked_fill(hide, 0)
         U, V = at_least_float32(U), at_least_float32(V)
         eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
-        gap = (U.mT @ U - eye).abs() + (V.mT @ V - eye).abs()               # (B, h, d, d)
+        gap = (Gram.apply(U) - eye).abs() + (Gram.apply(V) - eye).abs()    # (B, h, d, d)
         return gap.mean(dim=(1, 2, 3))                       # (B,)
 
 # 3. The mixers: forward(x, keep=None) -> (out, ortho), that is (B, n, D) -> (B, n, D), (B,) -----
 
 class AGFAttention(nn.Module):
-    """The paper's mixer. `filter`: any elementwise module instead of the Jacobi polynomial."""
+    """The paper's mixer. `filter`: any elementwise module instead of the Jacobi polynomial.
+
+    order = 0: p is a constant, which value_proj can take over. So Sigma = 1, without s and theta.
+    """
 
     def __init__(self, dim, heads, order=5, basis="jacobi", a=1.0, b=0.0, identity=True,
                  filter=None):
         super().__init__()
         self.heads = check_heads(dim, heads)
-        self.in_proj = nn.Linear(dim, 4 * dim)               # rows: U, Sigma, V, value
-        self.out_proj = nn.Linear(dim, dim)
-        self.filter = filter or JacobiFilter(order, basis, a, b, identity)
+        self.U_proj, self.V_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.value_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.filter = filter
+        if order > 0 and filter is None:
+            self.filter = JacobiFilter(order, basis, a, b, identity)
+        if self.filter is not None:
+            self.s_proj = nn.Linear(dim, dim)
 
     def factors(self, x, keep=None):
-        """x (B, n, D) -> U, s, V, value, each (B, h, n, d). U and V are 0 at padded tokens."""
-        x = hide_padding(x, keep)
-        # Four maps, not one and a split: each result is contiguous, which saves copies later.
-        maps = zip(self.in_proj.weight.chunk(4), self.in_proj.bias.chunk(4))
-        U, s, V, value = (F.linear(x, W, b).view(*x.shape[:2], self.heads, -1) for W, b in maps)
-        U = at_least_float32(U).softmax(-1)                  # over features: rows of U sum to 1
-        s = at_least_float32(s).sigmoid()                    # in (0, 1)
-        V = at_least_float32(V)                              # all of them (B, n, h, d)
-        if keep is None:
-            V = V.softmax(1)                                 # over tokens: columns of V sum to 1
-        else:        # the lowest number, not -inf: a fully padded row must not be 0/0
-            hide = ~keep[:, :, None, None]                   # (B, n, 1, 1)
-            V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(1).masked_fill(hide, 0)
-            U = U.masked_fill(hide, 0)
-        return tuple(part.transpose(1, 2) for part in (U, s, V, value))     # each (B, h, n, d)
+        """x (B, n, D) -> U, s, V, value, each (B, h, n, d). U and V are 0 at padded tokens; where
+        Sigma = 1, s is None."""
+        def heads_of(proj):
+            return split_heads(proj(x), self.heads)          # (B, n, D) -> (B, h, n, d)
 
-    def plain(self, x, keep=None):
-        """The definition, word for word."""
-        U, s, V, value = self.factors(x, keep)
-        left, right = (U * self.filter(s)).to(value.dtype), V.to(value.dtype)
-        out = left @ (right.mT @ value)                      # V^T value is d x d: linear in n
-        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, h, n, d) -> (B, n, D)
-        return hide_padding(out, keep), orthogonality_loss(U, V)
+        x = hide_padding(x, keep)
+        s = None if self.filter is None else at_least_float32(heads_of(self.s_proj)).sigmoid()
+        U = at_least_float32(heads_of(self.U_proj)).softmax(-1)     # over features: rows sum to 1
+        V = at_least_float32(heads_of(self.V_proj))
+        if keep is None:
+            V = V.softmax(-2)                                # over tokens: columns of V sum to 1
+        else:        # the lowest number, not -inf: a fully padded row must not be 0/0
+            hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
+            V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(-2).masked_fill(hide, 0)
+            U = U.masked_fill(hide, 0)
+        return U, s, V, heads_of(self.value_proj)
+
+    def left(self, U, s):
+        """U * p(s), (B, h, n, d)."""
+        return U if s is None else U * self.filter(s)
 
     def forward(self, x, keep=None):
-        """The same numbers as plain(), faster on long sequences."""
-        if x.shape[1] < 128:
-            return self.plain(x, keep)
         U, s, V, value = self.factors(x, keep)
-        with torch.autocast(x.device.type, enabled=False):   # Products chooses its types itself
-            out, ortho = Products.apply(U, self.filter(s), V, value)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, h, n, d) -> (B, n, D)
-        return hide_padding(out, keep), ortho
+        left, V_ = self.left(U, s).to(value.dtype), V.to(value.dtype)
+        small = (value.mT @ V_).mT                           # V^T value, (B, h, d, d): linear in n
+        out = self.out_proj((left @ small).transpose(1, 2).flatten(2))      # (B, n, D)
+        return hide_padding(out, keep), orthogonality_loss(U, V)
 
     def matrix(self, x, keep=None):
         """The attention matrix that forward() never builds: (U * p(s)) V^T, (B, h, n, n)."""
         U, s, V, _ = self.factors(x, keep)
-        return (U * self.filter(s)) @ V.mT
-
-class Products(torch.autograd.Function):
-    """U, p, V, value, each (B, h, n, d) -> (U * p) (V^T value), the same shape, and ortho (B,).
-
-    With M = V^T value, L = U * p and G the gradient of the output, the gradients are
-
-        dL = G M^T,   dp = dL * U,   dU = dL * p + w U sign(U^T U - I),
-        dM = L^T G,   dvalue = V dM,   dV = value dM^T + w V sign(V^T V - I),
-
-    w = 2 / (h d^2) times the gradient of ortho. Why by hand: the heads of a token lie side by side
-    in memory. Autograd would copy them apart and together; here each product is written in place.
-    """
-
-    @staticmethod
-    def forward(ctx, U, p, V, value):
-        h, d = value.shape[1], value.shape[3]
-        eye, ortho, small = torch.eye(d, dtype=U.dtype, device=U.device), 0, []
-        for i in range(h):                                   # the loss in float32, as U and V are
-            gaps = [T[:, i].mT @ T[:, i] - eye for T in (U, V)]             # (B, d, d) each
-            ortho = ortho + sum(gap.abs().mean((1, 2)) for gap in gaps) / h
-            small += [gap.sign_() for gap in gaps]
-        U, p, V = (T.to(value.dtype) for T in (U, p, V))
-        left, out = U * p, torch.empty_like(value)
-        for i in range(h):
-            small.append(V[:, i].mT @ value[:, i])           # (B, d, d)
-            put(out, i, left, small[-1])
-        ctx.save_for_backward(U, p, V, value, *small)
-        return out, ortho
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, G, dortho):
-        U, p, V, value, *small = ctx.saved_tensors
-        h, d = value.shape[1], value.shape[3]
-        left, w = U * p, (2 / (h * d * d) * dortho).to(U.dtype)[:, None, None]
-        dleft, dU, dV, dvalue = (torch.empty_like(value) for _ in range(4))
-        for i in range(h):
-            signU, signV, M = small[2 * i], small[2 * i + 1], small[2 * h + i]
-            dM = left[:, i].mT @ G[:, i]                     # (B, d, d)
-            put(dleft, i, G, M.mT)
-            put(dvalue, i, V, dM)
-            put(dV, i, value, dM.mT)
-            put(dV, i, V, w * signV.to(w.dtype), add=True)
-            put(dU, i, U, w * signU.to(w.dtype))
-        return dU.addcmul_(dleft, p), dleft.mul_(U), dV, dvalue
-
-def put(out, i, x, small, add=False):
-    """out_i = x_i small for head i, without a temporary: (B, h, n, d), small (B, d, d)."""
-    out[:, i].baddbmm_(x[:, i], small, beta=int(add))
+        return self.left(U, s) @ V.mT
 
 class SoftmaxAttention(nn.Module):
     """Ordinary multi-head self-attention, the baseline. Its cost is quadratic in n."""
@@ -292,20 +266,20 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = check_heads(dim, heads)
-        self.in_proj = nn.Linear(dim, 3 * dim)               # rows: query, key, value
-        self.out_proj = nn.Linear(dim, dim)
+        self.query_proj, self.key_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.value_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def factors(self, x, keep=None):
         """x (B, n, D) -> query, key, value, each (B, h, n, d), and a mask (B, 1, 1, n) or None."""
-        B, n, D = x.shape
-        proj = self.in_proj(hide_padding(x, keep)).view(B, n, 3, self.heads, -1)
+        x = hide_padding(x, keep)
+        maps = self.query_proj, self.key_proj, self.value_proj
         # A fully padded row attends to its own zeros: a softmax over nothing would be NaN.
         mask = None if keep is None else (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
-        return *(part.transpose(1, 2) for part in proj.unbind(2)), mask
+        return *(split_heads(proj(x), self.heads) for proj in maps), mask
 
     def forward(self, x, keep=None):
         out = F.scaled_dot_product_attention(*self.factors(x, keep))        # (B, h, n, d)
-        out = self.out_proj(out.transpose(1, 2).reshape(x.shape))           # (B, n, D)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, D)
         return hide_padding(out, keep), x.new_zeros(x.shape[0])
 
     def matrix(self, x, keep=None):
@@ -317,16 +291,23 @@ class SoftmaxAttention(nn.Module):
 class NoMixer(nn.Module):
     """The control: tokens never see each other. It shows what a task asks of attention."""
 
+    def __init__(self, dim=None, heads=None):
+        super().__init__()
+
     def forward(self, x, keep=None):
         return torch.zeros_like(x), x.new_zeros(x.shape[0])
 
-MIXERS = {
+MIXERS = {                        # name: made as mixer(dim, heads)
     "agf": AGFAttention,
-    "uv": lambda dim, heads: AGFAttention(dim, heads, order=0),                 # Sigma = 1
-    "usv": lambda dim, heads: AGFAttention(dim, heads, filter=nn.Identity()),   # p(s) = s
+    "uv": partial(AGFAttention, order=0),                    # Sigma = 1
+    "usv": partial(AGFAttention, filter=nn.Identity()),      # p(s) = s
     "softmax": SoftmaxAttention,
-    "none": lambda dim, heads: NoMixer(),
+    "none": NoMixer,
 }
+
+def split_heads(x, heads):
+    """(B, n, D) -> (B, h, n, d). Contiguous: the softmaxes and products that follow like it."""
+    return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2).contiguous()
 
 def check_heads(dim, heads):
     if dim < 1 or heads < 1 or dim % heads:
@@ -374,11 +355,10 @@ class AGFConfig:
         for name in ("classes", "length", "channels", "depth", "hidden", "kernel", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kernel % 2 == 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"{self.kernel=} must be odd and {self.dropout=} in [0, 1)")
         if self.zero_init and not self.identity:
             raise ValueError("zero_init needs identity: p = 0 and a zero out_proj never learn")
-        if self.kernel % 2 == 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"kernel must be odd and dropout in [0, 1), got {self.kernel} and "
-                             f"{self.dropout}")
 
     @property
     def tokens(self):
@@ -418,10 +398,10 @@ class AGFTransformer(nn.Module):
     def __init__(self, config, mixer=None):
         super().__init__()
         self.config, D = config, config.dim
-        if mixer is None and config.mixer == "agf":
-            mixer = lambda dim, heads: AGFAttention(dim, heads, config.order, config.basis,
-                                                    config.a, config.b, config.identity)
         mixer = mixer or MIXERS[config.mixer]
+        if mixer is AGFAttention:
+            mixer = partial(AGFAttention, order=config.order, basis=config.basis, a=config.a,
+                            b=config.b, identity=config.identity)
         if config.vocab:
             self.embed = nn.Embedding(config.vocab, D)
             nn.init.normal_(self.embed.weight, std=0.02)
@@ -496,10 +476,29 @@ def effective_rank(x, keep=None):
     share = torch.linalg.svdvals(hide_padding(x, keep).detach().cpu().double())
     return torch.special.entr(share / share.sum(-1, keepdim=True)).sum(-1).exp()
 
-# 6. A small trainer -------------------------------------------------------------------------
+# 6. Training --------------------------------------------------------------------------------
 
-class UserError(Exception):
-    """A mistake that the user can mend. The scripts print it as one line, exit status 2."""
+def train_step(model, optimizer, x, keep, y, gamma=0.01, clip=1.0):
+    """One step on cross-entropy + gamma * ortho: -> the two, as scalar tensors without gradient.
+
+    y: class numbers (B,) or shares of classes (B, classes). clip: largest norm of the gradient.
+    """
+    logits, ortho = model(x, keep)
+    loss, ortho = F.cross_entropy(at_least_float32(logits), y), ortho.mean()
+    (loss + gamma * ortho).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach(), ortho.detach()
+
+@torch.no_grad()
+def evaluate(model, batches):
+    """Logits for all batches (x, keep or None), on the CPU: (N, classes). Train mode is kept."""
+    training = model.training
+    model.eval()
+    logits = [at_least_float32(model(x, keep)[0]).cpu() for x, keep in batches]
+    model.train(training)
+    return torch.cat(logits)
 
 def choose_device(name="auto"):
     """-> (torch.device, the reason in words). auto: cuda before mps before cpu."""
@@ -510,74 +509,3 @@ def choose_device(name="auto"):
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple GPU"
     return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
-
-def fit(model, optimizer, batch_at, steps, *, rate, start=0, gamma=0.01, clip=1.0, amp=False,
-        net=None, share=1.0, after_step=None):
-    """Train `model` from step `start` to `steps` on cross-entropy + gamma * ortho.
-
-    batch_at(step) -> (x, keep or None, y): fixed by the step, so that a resumed run sees the same.
-    A list of such parts is one batch in little memory: their gradients add up to the batch's.
-    rate(step) -> learning rate. clip: largest gradient norm. amp: bfloat16 autocast.
-    net: a compiled or distributed wrapper of the model. share: this process's samples over the
-    mean of all processes, which DistributedDataParallel averages.
-    after_step(number of finished steps, loss, ortho): called with two scalar tensors.
-    """
-    net, device = model if net is None else net, next(model.parameters()).device
-    model.train()
-    for step in range(start, steps):
-        parts, sums = batch_at(step), [0, 0]
-        parts = parts if isinstance(parts, list) else [parts]
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        for i, (x, keep, y) in enumerate(parts):
-            wait = i + 1 < len(parts) and hasattr(net, "no_sync")     # processes meet at the last
-            with net.no_sync() if wait else nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    logits, ortho = net(x, keep)
-                weight = share * len(y) / sum(len(part[2]) for part in parts)
-                loss, ortho = F.cross_entropy(at_least_float32(logits), y), ortho.mean()
-                (weight * (loss + gamma * ortho)).backward()
-            sums = [sums[0] + weight * loss.detach(), sums[1] + weight * ortho.detach()]
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if after_step:
-            after_step(step + 1, *sums)
-
-@torch.no_grad()
-def evaluate(model, batches, amp=False):
-    """Logits for all batches (x, keep or None), on the CPU: (N, classes). Train mode is kept."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        logits = [at_least_float32(model(x, keep)[0]).cpu() for x, keep in batches]
-    model.train(training)
-    return torch.cat(logits)
-
-def save(path, **parts):
-    """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole."""
-    torch.save(parts, f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-def load(path):
-    """Read a checkpoint. weights_only: a file from a stranger brings numbers, never code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:   # a damaged file fails in many ways
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-
-def training_state(model, optimizer):
-    """What a resumed run needs to end at the same numbers, the step aside."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "config": asdict(model.config), "rng": torch.get_rng_state(), "rng_cuda": cuda}
-
-def restore(state, model, optimizer):
-    """Undo training_state: put everything back."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if state["rng_cuda"]:
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
