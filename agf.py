@@ -30,8 +30,8 @@ Glossary
 Differs from the paper: in no equation. Where the paper is silent we follow the official code (tanh
 on theta, theta_0 = 1, scale of the orthogonality loss).
 Differs from the official code: padding is masked everywhere, so adding padded tokens changes no
-result. At K = 0 there is no map for s. The gradient of the polynomial is written by hand, for speed
-and memory; `JacobiFilter.plain` is the printed form, with the same numbers.
+result; at K = 0 there is no map for s. Two gradients are written by hand, for speed and memory: of
+the polynomial (`JacobiFilter.plain` is the printed form) and of U^T U. The numbers are the same.
 Does not include: causal masks (notebook 09 does), key-value caches, encoder-decoder attention.
 """
 
@@ -77,11 +77,9 @@ def three_terms(x, rows):
     return T
 
 def jacobi(x, order, a, b):
-    """Jacobi polynomials P_0..P_order at x: x (any shape) -> (order+1, *x.shape).
-
-    They are orthogonal on [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1), and some
-    published settings have b <= -1: the recurrence still holds, the orthogonality does not.
-    """
+    """Jacobi polynomials P_0..P_order at x: x (any shape) -> (order+1, *x.shape). Orthogonal on
+    [-1, 1] for a, b > -1. The method evaluates them at s in (0, 1), and some published settings
+    have b <= -1: the recurrence still holds, the orthogonality does not."""
     return torch.stack(three_terms(x, recurrence(order, a, b)))
 
 class JacobiFilter(nn.Module):
@@ -89,8 +87,7 @@ class JacobiFilter(nn.Module):
 
     basis: "jacobi" with parameters a, b; "legendre" is a = b = 0; "chebyshev" is a = b = -1/2 as in
     the official code, so proportional to Chebyshev's polynomials, not equal; "monomial" is s^k.
-    identity: theta_0 = 1 is constant and the filter starts as p = 1. Otherwise it starts as 0.
-    """
+    identity: theta_0 = 1 is constant and the filter starts as p = 1. Otherwise it starts as 0."""
 
     def __init__(self, order=5, basis="jacobi", a=1.0, b=0.0, identity=True):
         super().__init__()
@@ -102,7 +99,13 @@ class JacobiFilter(nn.Module):
         if basis == "monomial":
             self.rows = [(1.0, 0.0, 0.0)] * order            # T_k = s T_{k-1}
         self.theta = nn.Parameter(torch.zeros(order + 1))    # raw; coefficients() are the effective
-        self.powers = powers_of_y(self.rows)
+        # Row k: T_k in powers of y = s - 1/2. Why y: |y| < 1/2, so float32 bears its powers.
+        # Why lists: a constructor that computes with tensors fails on a meta device.
+        self.powers = [[1.0] + [0.0] * order]
+        for k, (A, B, C) in enumerate(self.rows, start=1):   # the recurrence, with s = y + 1/2
+            last, older = self.powers[-1], self.powers[k - 2]
+            self.powers.append([A * y_last + (A / 2 + B) * same - (C * old if C else 0)
+                                for y_last, same, old in zip([0.0] + last, last, older)])
 
     def coefficients(self):
         """Effective theta, (order+1,): tanh keeps each in (-1, 1), its sign is free (Theorem 2)."""
@@ -115,37 +118,21 @@ class JacobiFilter(nn.Module):
         return sum(theta_k * T_k for theta_k, T_k in zip(theta, three_terms(s, self.rows)))
 
     def forward(self, s):
-        """The same numbers as plain(), faster and in the memory of one tensor instead of K. Not at
-        a large order, where powers cancel too much, nor for a compiler, which does this itself."""
+        """The same numbers as plain(), faster and in the memory of one tensor instead of K."""
         s = at_least_float32(s)
-        if self.order > 12 or torch.compiler.is_compiling():
-            return self.plain(s)
+        if self.order > 12 or torch.compiler.is_compiling():     # there powers cancel too much;
+            return self.plain(s)                                 # a compiler is fast by itself
         M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)       # (K+1, K+1)
         c = (self.coefficients()[:, None] * M).sum(0)                       # (K+1,)
         return Polynomial.apply(s, c)
 
-def powers_of_y(rows):
-    """T_0..T_K in powers of y = s - 1/2: row k holds the coefficients of T_k. Why y: |y| < 1/2, so
-    float32 bears its powers. Why lists: a tensor made in a constructor would break meta devices."""
-    T = [[1.0] + [0.0] * len(rows)]
-    for k, (A, B, C) in enumerate(rows, start=1):            # the recurrence, with s = y + 1/2
-        y_times = [0.0] + T[-1]
-        T.append([A * y_times[j] + (A / 2 + B) * t - (C * T[k - 2][j] if C else 0)
-                  for j, t in enumerate(T[-1])])
-    return T
-
 class Polynomial(torch.autograd.Function):
     """p(s) = sum_j c_j y^j at y = s - 1/2, elementwise. Autograd alone would store K tensors like
     s; here s is enough: the gradients are grad p'(y) for s and the sum of grad y^j for c_j."""
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(s, c):
+    def forward(ctx, s, c):
+        ctx.save_for_backward(s, c)
         return horner(s - 0.5, c)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -172,16 +159,11 @@ def at_least_float32(x):
 
 class Gram(torch.autograd.Function):
     """U^T U, (..., n, d) -> (..., d, d). Autograd would make two gradients, one of them transposed
-    in memory, and add them; U (G + G^T) is the sum at once, 10 % of a training step at D = 64."""
-    generate_vmap_rule = True
-
+    in memory, and add them. U (G + G^T) is their sum at once: 10 % of a step at D = 64."""
     @staticmethod
-    def forward(U):
+    def forward(ctx, U):
+        ctx.save_for_backward(U)
         return U.mT @ U
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, G):
@@ -193,15 +175,14 @@ def orthogonality_loss(U, V, keep=None):
 
         mean |U^T U - I| + mean |V^T V - I|     over the d x d entries, averaged over heads
 
-    Padded tokens (keep False) do not count. It cannot reach 0: entries of U and V are positive.
-    U^T U grows with n, so the same gamma weighs more on longer sequences; but once every column of
-    U has length 1 or more (n near d^2), the part of U has no gradient left (notebook 02).
+    Padded tokens do not count. It cannot reach 0: entries of U and V are positive. U^T U grows with
+    n, and with it the weight of gamma. But once every column of U has length 1 or more (n near
+    d^2), the part of U has no gradient left (notebook 02).
     """
     with torch.autocast(U.device.type, enabled=False):       # float32, under autocast too
         if keep is not None:
             hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
             U, V = U.masked_fill(hide, 0), V.masked_fill(hide, 0)
-        U, V = at_least_float32(U), at_least_float32(V)
         eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
         gap = (Gram.apply(U) - eye).abs() + (Gram.apply(V) - eye).abs()    # (B, h, d, d)
         return gap.mean(dim=(1, 2, 3))                       # (B,)
@@ -211,8 +192,7 @@ def orthogonality_loss(U, V, keep=None):
 class AGFAttention(nn.Module):
     """The paper's mixer. `filter`: any elementwise module instead of the Jacobi polynomial.
 
-    order = 0: p is a constant, which value_proj can take over. So Sigma = 1, without s and theta.
-    """
+    order = 0: p is a constant, which value_proj can take over. So Sigma = 1, without s and theta."""
 
     def __init__(self, dim, heads, order=5, basis="jacobi", a=1.0, b=0.0, identity=True,
                  filter=None):
@@ -227,38 +207,32 @@ class AGFAttention(nn.Module):
             self.s_proj = nn.Linear(dim, dim)
 
     def factors(self, x, keep=None):
-        """x (B, n, D) -> U, s, V, value, each (B, h, n, d). U and V are 0 at padded tokens; where
-        Sigma = 1, s is None."""
-        def heads_of(proj):
-            return split_heads(proj(x), self.heads)          # (B, n, D) -> (B, h, n, d)
-
-        x = hide_padding(x, keep)
-        s = None if self.filter is None else at_least_float32(heads_of(self.s_proj)).sigmoid()
-        U = at_least_float32(heads_of(self.U_proj)).softmax(-1)     # over features: rows sum to 1
-        V = at_least_float32(heads_of(self.V_proj))
+        """x (B, n, D) -> U, s, V, value, each (B, h, n, d). U and V are 0 at padded tokens, s is
+        None where Sigma = 1."""
+        x, h, s = hide_padding(x, keep), self.heads, None
+        U = at_least_float32(split_heads(self.U_proj(x), h)).softmax(-1)    # over features
+        if self.filter is not None:
+            s = at_least_float32(split_heads(self.s_proj(x), h)).sigmoid()  # in (0, 1)
+        V = at_least_float32(split_heads(self.V_proj(x), h))
         if keep is None:
             V = V.softmax(-2)                                # over tokens: columns of V sum to 1
         else:        # the lowest number, not -inf: a fully padded row must not be 0/0
             hide = ~keep[:, None, :, None]                   # (B, 1, n, 1)
             V = V.masked_fill(hide, torch.finfo(V.dtype).min).softmax(-2).masked_fill(hide, 0)
             U = U.masked_fill(hide, 0)
-        return U, s, V, heads_of(self.value_proj)
-
-    def left(self, U, s):
-        """U * p(s), (B, h, n, d)."""
-        return U if s is None else U * self.filter(s)
+        return U, s, V, split_heads(self.value_proj(x), h)
 
     def forward(self, x, keep=None):
         U, s, V, value = self.factors(x, keep)
-        left, V_ = self.left(U, s).to(value.dtype), V.to(value.dtype)
-        small = (value.mT @ V_).mT                           # V^T value, (B, h, d, d): linear in n
-        out = self.out_proj((left @ small).transpose(1, 2).flatten(2))      # (B, n, D)
-        return hide_padding(out, keep), orthogonality_loss(U, V)
+        left = U if s is None else U * self.filter(s)        # (B, h, n, d)
+        small = (value.mT @ V.to(value.dtype)).mT            # V^T value, (B, h, d, d): linear in n
+        out = (left.to(value.dtype) @ small).transpose(1, 2).flatten(2)     # (B, n, D)
+        return hide_padding(self.out_proj(out), keep), orthogonality_loss(U, V)
 
     def matrix(self, x, keep=None):
         """The attention matrix that forward() never builds: (U * p(s)) V^T, (B, h, n, n)."""
         U, s, V, _ = self.factors(x, keep)
-        return self.left(U, s) @ V.mT
+        return (U if s is None else U * self.filter(s)) @ V.mT
 
 class SoftmaxAttention(nn.Module):
     """Ordinary multi-head self-attention, the baseline. Its cost is quadratic in n."""
@@ -280,7 +254,7 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x, keep=None):
         out = F.scaled_dot_product_attention(*self.factors(x, keep))        # (B, h, n, d)
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, D)
-        return hide_padding(out, keep), x.new_zeros(x.shape[0])
+        return hide_padding(out, keep), x.new_zeros(len(x))
 
     def matrix(self, x, keep=None):
         """The attention matrix, (B, h, n, n). Its rows sum to 1."""
@@ -290,19 +264,15 @@ class SoftmaxAttention(nn.Module):
 
 class NoMixer(nn.Module):
     """The control: tokens never see each other. It shows what a task asks of attention."""
-
-    def __init__(self, dim=None, heads=None):
-        super().__init__()
-
     def forward(self, x, keep=None):
-        return torch.zeros_like(x), x.new_zeros(x.shape[0])
+        return torch.zeros_like(x), x.new_zeros(len(x))
 
 MIXERS = {                        # name: made as mixer(dim, heads)
     "agf": AGFAttention,
     "uv": partial(AGFAttention, order=0),                    # Sigma = 1
     "usv": partial(AGFAttention, filter=nn.Identity()),      # p(s) = s
     "softmax": SoftmaxAttention,
-    "none": NoMixer,
+    "none": lambda dim, heads: NoMixer(),
 }
 
 def split_heads(x, heads):
@@ -348,22 +318,19 @@ class AGFConfig:
 
     def __post_init__(self):
         check_heads(self.dim, self.heads)
-        for name, known in dict(norm=("pre", "post"), pool=("mean", "flatten", "first"),
-                                mixer=tuple(MIXERS)).items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: one of {known}")
+        known = dict(norm=("pre", "post"), pool=("mean", "flatten", "first"), mixer=tuple(MIXERS))
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: one of {choices}")
         for name in ("classes", "length", "channels", "depth", "hidden", "kernel", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.kernel % 2 == 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self.kernel=} must be odd and {self.dropout=} in [0, 1)")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.zero_init and not self.identity:
             raise ValueError("zero_init needs identity: p = 0 and a zero out_proj never learn")
-
-    @property
-    def tokens(self):
-        """Number of tokens of an input of full length."""
-        return -(-self.length // self.stride)
 
 class Block(nn.Module):
     """Mixer, then feed-forward, each on a residual path with a LayerNorm before or after."""
@@ -389,7 +356,6 @@ class Block(nn.Module):
 
 class AGFTransformer(nn.Module):
     """A classifier of sequences: forward(x, keep=None) -> (logits (B, classes), ortho (B,)).
-
     x: (B, n, channels) series or (B, n) token ids, n <= config.length. keep: (B, n), True = real.
     ortho is the orthogonality loss, mean over the blocks. Train on cross-entropy + gamma * ortho.
     mixer: your own class instead of config.mixer, called as mixer(dim, heads) for each block.
@@ -408,17 +374,19 @@ class AGFTransformer(nn.Module):
         else:                     # kernel = stride = 1 is a linear map of each time step
             self.embed = nn.Conv1d(config.channels, D, config.kernel, config.stride,
                                    padding=config.kernel // 2)
-        self.position = nn.Parameter(0.02 * torch.randn(config.tokens, D))
+        tokens = math.ceil(config.length / config.stride)    # of an input of full length
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, D))
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, mixer(D, config.heads))
                                     for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
-        width = D * config.tokens if config.pool == "flatten" else D
+        width = D * tokens if config.pool == "flatten" else D
         self.classifier = nn.Linear(width, config.classes) if not config.head else nn.Sequential(
             nn.Linear(width, config.head), nn.ReLU(), nn.Linear(config.head, config.classes))
 
-    def tokens(self, x, keep=None):
-        """Input -> embedded tokens (B, n', D) and their mask, n' = ceil(n / stride)."""
+    def hidden_states(self, x, keep=None):
+        """Input -> [embedding, after block 1, ..., after the last], each (B, n', D), where
+        n' = ceil(n / stride), their mask (B, n') or None, and ortho (B,)."""
         c = self.config
         if x.shape[1] > c.length:
             raise ValueError(f"the input has {x.shape[1]} steps, this model takes {c.length}")
@@ -428,12 +396,7 @@ class AGFTransformer(nn.Module):
             x = self.embed(hide_padding(x, keep).mT).mT      # (B, n, channels) -> (B, n', D)
             keep = None if keep is None else keep[:, ::c.stride]
         x = x * math.sqrt(c.dim) if c.scale else x
-        return self.drop(x + self.position[:x.shape[1]]), keep
-
-    def hidden_states(self, x, keep=None):
-        """Input -> [embedding, after block 1, ..., after the last], each (B, n', D), their mask
-        (B, n') or None, and ortho (B,)."""
-        x, keep = self.tokens(x, keep)
+        x = self.drop(x + self.position[:x.shape[1]])
         states, ortho = [x], 0
         for block in self.blocks:
             x, loss = block(x, keep)
@@ -447,11 +410,11 @@ class AGFTransformer(nn.Module):
         if self.config.pool == "first":
             x = x[:, 0]                                      # (B, D)
         elif self.config.pool == "mean":
-            real = x.shape[1] if keep is None else keep.sum(1, keepdim=True).clamp(min=1)
-            x = x.sum(1) / real                              # (B, D)
+            n = x.shape[1] if keep is None else keep.sum(1, keepdim=True).clamp(min=1)
+            x = x.sum(1) / n                                 # (B, D)
         else:                     # GELU and dropout before the classifier, as the official code
             x = hide_padding(self.drop(F.gelu(x)), keep)
-            x = F.pad(x, (0, 0, 0, self.config.tokens - x.shape[1])).flatten(1)     # (B, n' D)
+            x = F.pad(x, (0, 0, 0, len(self.position) - x.shape[1])).flatten(1)     # (B, n' D)
         return self.classifier(x), ortho
 
 # 5. Diagnostics of oversmoothing: tokens (B, n, D), keep (B, n) -> one number a sample, (B,) -----
@@ -464,10 +427,8 @@ def token_cosine(x, keep=None):
 
 def high_frequency_ratio(x, keep=None):
     """||HFC|| / ||LFC|| of Theorem 1. LFC: the mean token, repeated. HFC: the rest. 0 = smooth."""
-    keep = torch.ones_like(x[..., 0], dtype=torch.bool) if keep is None else keep
-    x = hide_padding(x, keep)
-    mean = x.sum(1, keepdim=True) / keep.sum(1)[:, None, None]              # (B, 1, D)
-    low = hide_padding(mean.expand_as(x), keep)
+    n, x = x.shape[1] if keep is None else keep.sum(1)[:, None, None], hide_padding(x, keep)
+    low = hide_padding((x.sum(1, keepdim=True) / n).expand_as(x), keep)     # (B, n, D)
     return (x - low).flatten(1).norm(dim=1) / low.flatten(1).norm(dim=1)
 
 def effective_rank(x, keep=None):
@@ -480,9 +441,7 @@ def effective_rank(x, keep=None):
 
 def train_step(model, optimizer, x, keep, y, gamma=0.01, clip=1.0):
     """One step on cross-entropy + gamma * ortho: -> the two, as scalar tensors without gradient.
-
-    y: class numbers (B,) or shares of classes (B, classes). clip: largest norm of the gradient.
-    """
+    y: class numbers (B,) or shares of classes (B, classes). clip: largest norm of the gradient."""
     logits, ortho = model(x, keep)
     loss, ortho = F.cross_entropy(at_least_float32(logits), y), ortho.mean()
     (loss + gamma * ortho).backward()
