@@ -120,8 +120,8 @@ class JacobiFilter(nn.Module):
     def forward(self, s):
         """The same numbers as plain(), faster and in the memory of one tensor instead of K."""
         s = at_least_float32(s)
-        if self.order > 12 or torch.compiler.is_compiling():     # there powers cancel too much;
-            return self.plain(s)                                 # a compiler is fast by itself
+        if not 1 <= self.order <= 12 or torch.compiler.is_compiling():
+            return self.plain(s)         # above 12 powers cancel too much; a compiler needs no help
         M = torch.tensor(self.powers, dtype=s.dtype, device=s.device)       # (K+1, K+1)
         c = (self.coefficients()[:, None] * M).sum(0)                       # (K+1,)
         return Polynomial.apply(s, c)
@@ -192,7 +192,7 @@ def orthogonality_loss(U, V, keep=None):
 class AGFAttention(nn.Module):
     """The paper's mixer. `filter`: any elementwise module instead of the Jacobi polynomial.
 
-    order = 0: p is a constant, which value_proj can take over. So Sigma = 1, without s and theta."""
+    order = 0: p is a constant, which value_proj can take over: Sigma = 1, without s and theta."""
 
     def __init__(self, dim, heads, order=5, basis="jacobi", a=1.0, b=0.0, identity=True,
                  filter=None):
@@ -410,7 +410,7 @@ class AGFTransformer(nn.Module):
         if self.config.pool == "first":
             x = x[:, 0]                                      # (B, D)
         elif self.config.pool == "mean":
-            n = x.shape[1] if keep is None else keep.sum(1, keepdim=True).clamp(min=1)
+            n = max(1, x.shape[1]) if keep is None else keep.sum(1, keepdim=True).clamp(min=1)
             x = x.sum(1) / n                                 # (B, D)
         else:                     # GELU and dropout before the classifier, as the official code
             x = hide_padding(self.drop(F.gelu(x)), keep)
