@@ -126,12 +126,18 @@ class JacobiFilter(nn.Module):
         c = (self.coefficients()[:, None] * M).sum(0)                       # (K+1,)
         return Polynomial.apply(s, c)
 
-class Polynomial(torch.autograd.Function):
+class ByHand(torch.autograd.Function):
+    """A function whose gradient is written by hand. torch.func may transform it."""
+    generate_vmap_rule = True
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+class Polynomial(ByHand):
     """p(s) = sum_j c_j y^j at y = s - 1/2, elementwise. Autograd alone would store K tensors like
     s; here s is enough: the gradients are grad p'(y) for s and the sum of grad y^j for c_j."""
     @staticmethod
-    def forward(ctx, s, c):
-        ctx.save_for_backward(s, c)
+    def forward(s, c):
         return horner(s - 0.5, c)
 
     @staticmethod
@@ -157,12 +163,11 @@ def at_least_float32(x):
 
 # 2. The orthogonality loss ------------------------------------------------------------------
 
-class Gram(torch.autograd.Function):
+class Gram(ByHand):
     """U^T U, (..., n, d) -> (..., d, d). Autograd would make two gradients, one of them transposed
     in memory, and add them. U (G + G^T) is their sum at once: 10 % of a step at D = 64."""
     @staticmethod
-    def forward(ctx, U):
-        ctx.save_for_backward(U)
+    def forward(U):
         return U.mT @ U
 
     @staticmethod
@@ -176,8 +181,7 @@ def orthogonality_loss(U, V, keep=None):
         mean |U^T U - I| + mean |V^T V - I|     over the d x d entries, averaged over heads
 
     Padded tokens do not count. It cannot reach 0: entries of U and V are positive. U^T U grows with
-    n, and with it the weight of gamma. But once every column of U has length 1 or more (n near
-    d^2), the part of U has no gradient left (notebook 02).
+    n, and the loss with it; from n near d^2 on, its part of U has no gradient left (notebook 02).
     """
     with torch.autocast(U.device.type, enabled=False):       # float32, under autocast too
         if keep is not None:
@@ -207,8 +211,7 @@ class AGFAttention(nn.Module):
             self.s_proj = nn.Linear(dim, dim)
 
     def factors(self, x, keep=None):
-        """x (B, n, D) -> U, s, V, value, each (B, h, n, d). U and V are 0 at padded tokens, s is
-        None where Sigma = 1."""
+        """x (B, n, D) -> U, s (None: p = 1), V, value, each (B, h, n, d); U = V = 0 at padding."""
         x, h, s = hide_padding(x, keep), self.heads, None
         U = at_least_float32(split_heads(self.U_proj(x), h)).softmax(-1)    # over features
         if self.filter is not None:
@@ -325,10 +328,8 @@ class AGFConfig:
         for name in ("classes", "length", "channels", "depth", "hidden", "kernel", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, got {self.kernel}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.kernel % 2 == 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"odd kernel, dropout in [0, 1): not {self.kernel}, {self.dropout}")
         if self.zero_init and not self.identity:
             raise ValueError("zero_init needs identity: p = 0 and a zero out_proj never learn")
 
@@ -432,9 +433,8 @@ def high_frequency_ratio(x, keep=None):
     return (x - low).flatten(1).norm(dim=1) / low.flatten(1).norm(dim=1)
 
 def effective_rank(x, keep=None):
-    """exp(entropy) of the singular values, scaled to sum 1 (Roy, Vetterli 2007): from 1 to
-    min(n, D). On the CPU in float64, where small singular values are exact."""
-    share = torch.linalg.svdvals(hide_padding(x, keep).detach().cpu().double())
+    """exp(entropy) of the singular values scaled to sum 1 (Roy, Vetterli 2007): 1 to min(n, D)."""
+    share = torch.linalg.svdvals(hide_padding(x, keep).detach().cpu().double())  # exact
     return torch.special.entr(share / share.sum(-1, keepdim=True)).sum(-1).exp()
 
 # 6. Training --------------------------------------------------------------------------------
