@@ -1,40 +1,43 @@
 """Each test is named after the claim it proves. Offline, on the CPU, under two minutes."""
 
+from functools import partial
+from pathlib import Path
 import contextlib
 import copy
 import csv
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
-import pickletools
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from pathlib import Path
 
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torch import nn
 
 import agf
 import train_lra
 import train_uea
+from train_uea import AGFClassifier
 
 HERE = Path(__file__).parent
 # a, b of every published setting
 PUBLISHED = [(1.5, -1.5), (2, 0.5), (1, 0.2), (1.5, 2), (1.5, 1), (2, 1.5), (1, 0), (0, 0), (-0.5, -0.5),
              (2, -1), (2, -2), (2, -1.5), (1.5, -1)]
-
 
 def random_keep(B, n, generator=None):
     """Right padding, each row with at least one real token, row 0 full."""
@@ -42,11 +45,9 @@ def random_keep(B, n, generator=None):
     lengths[0] = n
     return torch.arange(n) < lengths[:, None]
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
 
 # ---------------------------------------------------------------------------- basis and filter
 
@@ -60,7 +61,6 @@ def printed_recurrence(k, x, a, b):
     return ((c - 1) * (c * (c - 2) * x + a ** 2 - b ** 2) * printed_recurrence(k - 1, x, a, b)
             - 2 * (k + a - 1) * (k + b - 1) * c * printed_recurrence(k - 2, x, a, b)) / (2 * k * (k + a + b) * (c - 2))
 
-
 @pytest.mark.parametrize("a, b", PUBLISHED)
 def test_jacobi_is_the_printed_recurrence(a, b):
     x = torch.rand(2, 3, dtype=torch.float64)
@@ -69,13 +69,11 @@ def test_jacobi_is_the_printed_recurrence(a, b):
     slow = [[[printed_recurrence(k, v.item(), a, b) for v in row] for row in x] for k in range(7)]
     torch.testing.assert_close(P, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
-
 @pytest.mark.parametrize("a, b", [p for p in PUBLISHED if min(p) > -1])
 def test_jacobi_is_scipys(a, b):
     x = torch.linspace(-1, 1, 101, dtype=torch.float64)
     theirs = np.stack([scipy.special.eval_jacobi(k, a, b, x.numpy()) for k in range(11)])
     np.testing.assert_allclose(agf.jacobi(x, 10, a, b).numpy(), theirs, rtol=1e-10, atol=1e-10)
-
 
 @pytest.mark.parametrize("a, b", [(1.0, 0.0), (0.0, 0.0), (2.0, 1.5), (-0.5, -0.5)])
 def test_jacobi_is_orthogonal_under_its_weight(a, b):
@@ -84,7 +82,6 @@ def test_jacobi_is_orthogonal_under_its_weight(a, b):
     gram = np.einsum("kx,jx,x->kj", P, P, weights)
     off = gram - np.diag(np.diag(gram))
     assert abs(off).max() < 1e-12 * np.diag(gram).max() and np.diag(gram).min() > 0
-
 
 @pytest.mark.parametrize("order, a, b, words", [(-1, 1, 0, "-1"), (3, -1.5, -0.5, "a=-1.5, b=-0.5"),
                                                 (4, -2, -2, "k=3"), (2.5, 1, 0, "2.5"), (3, math.nan, 0, "nan")])
@@ -95,7 +92,6 @@ def test_an_undefined_basis_is_refused_with_its_values(order, a, b, words):
     with pytest.raises(ValueError, match="fourier"):
         agf.JacobiFilter(3, "fourier")
 
-
 def slow_filter(filter, s):
     """sum_k theta_k T_k(s) from scipy-free, textbook pieces, independent of agf's evaluation."""
     a, b = {"legendre": (0, 0), "chebyshev": (-0.5, -0.5)}.get(filter.basis, (filter.a, filter.b))
@@ -105,7 +101,6 @@ def slow_filter(filter, s):
         T = s ** k if filter.basis == "monomial" else printed_recurrence(k, s, a, b)
         total = total + (1.0 if k == 0 and filter.identity else theta[k]) * T
     return total
-
 
 @pytest.mark.parametrize("basis", agf.BASES)
 @pytest.mark.parametrize("order", [0, 1, 2, 5, 10, 14])
@@ -123,7 +118,6 @@ def test_the_fast_filter_is_the_definition_in_values_and_gradients(basis, order,
         for mine, slow in zip(other, found[2]):
             torch.testing.assert_close(mine, slow, rtol=1e-10, atol=1e-10)
 
-
 @pytest.mark.parametrize("a, b", PUBLISHED)
 def test_float32_is_enough_for_every_published_setting_at_order_10(a, b):
     filter = agf.JacobiFilter(10, "jacobi", a, b)
@@ -135,28 +129,24 @@ def test_float32_is_enough_for_every_published_setting_at_order_10(a, b):
         p = exact.plain(s)
         assert (filter(s.float()) - p).abs().max() < 1e-5 * p.abs().max()
 
-
-def test_the_plain_forms_bear_torch_func_and_second_derivatives_and_the_fast_ones_refuse():
+def test_the_plain_filter_bears_second_derivatives_and_the_fast_one_refuses():
     filter = agf.JacobiFilter(4, "jacobi", 2, -1.5).double()
     nn.init.normal_(filter.theta)
     s = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    one = torch.func.vmap(torch.func.grad(filter.plain))(s)
-    torch.testing.assert_close(one, torch.autograd.grad(filter(s).sum(), s)[0])
     assert torch.autograd.gradgradcheck(filter.plain, (s,))
-    mixer, x = agf.AGFAttention(4, 2), torch.randn(1, 128, 4, requires_grad=True)      # long: not plain
-    for call, at in ((filter, s), (lambda x: mixer(x)[0], x)):
-        first, = torch.autograd.grad(call(at).square().sum(), at, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            first.sum().backward()
-        with pytest.raises(RuntimeError, match="setup_context"):
-            torch.func.grad(lambda at: call(at).sum())(at)
+    first, = torch.autograd.grad(filter(s).square().sum(), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
+def test_the_gram_matrix_has_right_first_and_second_derivatives():
+    U = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(agf.Gram.apply, (U,))
+    assert torch.autograd.gradgradcheck(agf.Gram.apply, (U,))
 
 def test_the_filter_starts_as_one_or_as_zero():
     s = torch.rand(5)
     assert torch.equal(agf.JacobiFilter(identity=True)(s), torch.ones(5))
     assert torch.equal(agf.JacobiFilter(identity=False)(s), torch.zeros(5))
-
 
 # -------------------------------------------------------------------------------- loss and mixer
 
@@ -172,7 +162,6 @@ def slow_loss(U, V, keep):
         rows.append(torch.stack(heads).mean())
     return torch.stack(rows)
 
-
 def test_the_orthogonality_loss_is_its_formula_on_real_tokens():
     U, V = torch.randn(2, 3, 2, 9, 4, dtype=torch.float64)
     keep = random_keep(3, 9)
@@ -181,29 +170,29 @@ def test_the_orthogonality_loss_is_its_formula_on_real_tokens():
     Q = torch.linalg.qr(torch.randn(1, 1, 9, 4, dtype=torch.float64)).Q
     assert agf.orthogonality_loss(Q, Q).item() < 1e-14
 
-
 def slow_agf(mixer, x, keep):
     """The paper's formulas with an explicit n x n matrix for each sample and head."""
-    D, h = x.shape[-1], mixer.heads
-    d, outs, losses = D // h, [], []
-    W, bias = mixer.in_proj.weight.view(4, h, d, D), mixer.in_proj.bias.view(4, h, d)
+    h, d = mixer.heads, x.shape[-1] // mixer.heads
+    outs, losses = [], []
     for X, real in zip(x, keep):
-        X = X[real]                                                  # only real tokens exist
+        X = X[real]                                          # only real tokens exist
         heads, loss = [], 0
         for i in range(h):
-            z = [X @ W[j, i].T + bias[j, i] for j in range(4)]
-            U = torch.exp(z[0]) / torch.exp(z[0]).sum(1, keepdim=True)
-            s = 1 / (1 + torch.exp(-z[1]))
-            V = torch.exp(z[2]) / torch.exp(z[2]).sum(0, keepdim=True)
-            p = s if isinstance(mixer.filter, nn.Identity) else slow_filter(mixer.filter, s)
-            heads.append((U * p) @ V.T @ z[3])                       # (n x n) first
-            loss = loss + slow_loss(U[None, None], V[None, None], torch.ones(1, len(X), dtype=torch.bool))
+            def mapped(name):
+                proj = getattr(mixer, name)
+                return X @ proj.weight[i * d:(i + 1) * d].T + proj.bias[i * d:(i + 1) * d]
+            U, V = torch.exp(mapped("U_proj")), torch.exp(mapped("V_proj"))
+            U, V, p = U / U.sum(1, keepdim=True), V / V.sum(0, keepdim=True), 1.0
+            if mixer.filter is not None:
+                s = 1 / (1 + torch.exp(-mapped("s_proj")))
+                p = s if isinstance(mixer.filter, nn.Identity) else slow_filter(mixer.filter, s)
+            heads.append((U * p) @ V.T @ mapped("value_proj"))              # (n x n) first
+            loss = loss + slow_loss(U[None, None], V[None, None], torch.ones(1, len(X)) > 0)
         out = torch.zeros_like(x[0])
         out[real] = mixer.out_proj(torch.cat(heads, 1))
         outs.append(out)
         losses.append(loss / h)
     return torch.stack(outs), torch.cat(losses)
-
 
 @pytest.mark.parametrize("name", ["agf", "uv", "usv"])
 @pytest.mark.parametrize("padded", [False, True])
@@ -215,15 +204,11 @@ def test_linear_form_equals_dense_form_in_values_and_gradients(name, padded):
     keep = random_keep(4, 10) if padded else None
     weight = torch.randn(4, 10, 12, dtype=torch.float64)
     found = []
-    for out, ortho in (mixer(x, keep), slow_agf(mixer, x, random_keep(1, 10).expand(4, 10) if keep is None else keep)):
+    for out, ortho in (mixer(x, keep), slow_agf(mixer, x, torch.ones(4, 10) > 0 if keep is None else keep)):
         total = (out * weight).sum() + ortho.sum()
-        found.append([out, ortho, *torch.autograd.grad(total, [x, *mixer.parameters()], allow_unused=True)])
+        found.append([out, ortho, *torch.autograd.grad(total, [x, *mixer.parameters()])])
     for fast, slow in zip(*found):
-        if slow is None:                                             # the fixed theta_0 of "uv"
-            assert fast is None or not fast.any()
-        else:
-            torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
-
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
 
 @pytest.mark.parametrize("name", ["agf", "uv", "usv", "softmax"])
 def test_matrix_is_the_matrix_that_forward_never_builds(name):
@@ -238,26 +223,6 @@ def test_matrix_is_the_matrix_that_forward_never_builds(name):
         out = agf.hide_padding(mixer.out_proj((A @ value).transpose(1, 2).reshape(2, 9, 12)), mask)
         torch.testing.assert_close(out, mixer(x, mask)[0], rtol=1e-11, atol=1e-12)
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
-def test_forward_on_long_sequences_equals_plain_in_values_and_gradients(dtype, masked):
-    amp, wide = dtype == torch.bfloat16, torch.float32 if dtype == torch.bfloat16 else dtype
-    mixer, found, n = agf.AGFAttention(24, 3, order=6).to(wide), [], 150
-    nn.init.normal_(mixer.filter.theta)
-    x, keep = torch.randn(4, n, 24, dtype=wide, requires_grad=True), random_keep(4, n) if masked else None
-    weight = torch.randn(4, n, 24)
-    for call in (mixer, mixer.plain):
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            out, ortho = call(x, keep)
-        assert out.dtype == dtype and ortho.dtype == wide
-        total = (out * weight).sum() + ortho.sum()
-        assert ("Products" in total.grad_fn.next_functions[1][0].next_functions[0][0].name()) == (call is mixer)
-        found.append([out, ortho, *torch.autograd.grad(total, [x, *mixer.parameters()])])
-    for fast, plain in zip(*found):
-        assert (fast - plain).norm() < {8: 1e-13, 4: 1e-5, 2: 0.02}[dtype.itemsize] * plain.norm()
-
-
 def test_gradcheck_of_the_mixer():
     mixer = agf.AGFAttention(6, 2, order=3).double()
     nn.init.normal_(mixer.filter.theta)
@@ -267,22 +232,21 @@ def test_gradcheck_of_the_mixer():
     values = [p.detach().clone().requires_grad_() for p in params.values()]
     assert torch.autograd.gradcheck(call, (x, *values), atol=1e-6)
 
-
 def test_uv_is_row_stochastic_and_is_efficient_attention():
     mixer = agf.AGFAttention(16, 2, order=0).double()
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     U, s, V, value = mixer.factors(x)
-    assert U.shape == s.shape == V.shape == value.shape == (2, 2, 11, 8)
+    assert U.shape == V.shape == value.shape == (2, 2, 11, 8)
+    assert s is None and not hasattr(mixer, "s_proj")
     torch.testing.assert_close(U.sum(-1), torch.ones(2, 2, 11, dtype=torch.float64))
     torch.testing.assert_close(V.sum(-2), torch.ones(2, 2, 8, dtype=torch.float64))
     torch.testing.assert_close(mixer.matrix(x).sum(-1), torch.ones(2, 2, 11, dtype=torch.float64))
     # Efficient Attention (Shen et al. 2021), written from its own formula: softmax(Q) (softmax(K)^T V)
-    query, _, key, val = mixer.in_proj(x).chunk(4, -1)
+    query, key, val = mixer.U_proj(x), mixer.V_proj(x), mixer.value_proj(x)
     cut = lambda t: t.reshape(2, 11, 2, 8)
     context = torch.einsum("bnhd,bnhe->bhde", cut(key).softmax(1), cut(val))
     theirs = torch.einsum("bnhd,bhde->bnhe", cut(query).softmax(-1), context).reshape(2, 11, 16)
     torch.testing.assert_close(mixer(x)[0], mixer.out_proj(theirs), rtol=1e-11, atol=1e-12)
-
 
 def test_usv_is_the_filter_p_of_s_equals_s():
     usv = agf.MIXERS["usv"](8, 2).double()
@@ -290,15 +254,16 @@ def test_usv_is_the_filter_p_of_s_equals_s():
     U, s, V, _ = usv.factors(x)
     torch.testing.assert_close(usv.matrix(x), (U * s) @ V.mT)
 
-
 def test_softmax_attention_is_torchs_multi_head_attention():
     mine, theirs = agf.SoftmaxAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
-    theirs.load_state_dict({"in_proj_weight": mine.in_proj.weight, "in_proj_bias": mine.in_proj.bias,
-                            "out_proj.weight": mine.out_proj.weight, "out_proj.bias": mine.out_proj.bias})
+    maps = mine.query_proj, mine.key_proj, mine.value_proj
+    theirs.load_state_dict({"in_proj_weight": torch.cat([m.weight for m in maps]),
+                            "in_proj_bias": torch.cat([m.bias for m in maps]),
+                            "out_proj.weight": mine.out_proj.weight,
+                            "out_proj.bias": mine.out_proj.bias})
     x, keep = torch.randn(3, 8, 12, dtype=torch.float64), random_keep(3, 8)
     expected = theirs(x, x, x, key_padding_mask=~keep, need_weights=False)[0]
     torch.testing.assert_close(mine(x, keep)[0][keep], expected[keep])
-
 
 def test_theorem_1_powers_of_a_softmax_matrix_are_low_pass_at_the_rate_of_lambda_2():
     A = agf.SoftmaxAttention(16, 1).double().matrix(3 * torch.randn(1, 12, 16, dtype=torch.float64))[0, 0]
@@ -311,14 +276,12 @@ def test_theorem_1_powers_of_a_softmax_matrix_are_low_pass_at_the_rate_of_lambda
     assert ratios[-1] < 1e-3 * ratios[0]
     assert abs((ratios[99] / ratios[49]) ** (1 / 50) / size[1].item() - 1) < 0.05
 
-
 def test_theorem_2_signs_of_theta_choose_low_or_high_pass():
     s = torch.linspace(0, 1, 101)
     low, high = agf.JacobiFilter(4, "monomial"), agf.JacobiFilter(4, "monomial")
     low.theta.data = torch.atanh(torch.tensor([0.0, 0.5, 0.25, 0.125, 0.06]))
     high.theta.data = torch.atanh(torch.tensor([0.0, -0.5, 0.25, -0.125, 0.06]))     # (-alpha)^k
     assert (low(s).diff() > 0).all() and (high(s).diff() < 0).all()
-
 
 # ------------------------------------------------------------------ padding, order, precision, memory
 
@@ -339,10 +302,8 @@ def test_padding_changes_no_output_no_loss_and_no_gradient_of_a_mixer(name, garb
         assert x_in.grad.isfinite().all() and not x_in.grad[~more].any()
     torch.testing.assert_close(x_in.detach(), before, equal_nan=True)          # caller's tensor untouched
 
-
 def small(**changes):
     return agf.AGFConfig(**dict(dict(classes=3, length=20, channels=2, dim=16, heads=2, hidden=32, dropout=0.0), **changes))
-
 
 @pytest.mark.parametrize("mixer", list(agf.MIXERS))
 @pytest.mark.parametrize("pool", ["mean", "flatten", "first"])
@@ -362,13 +323,11 @@ def test_padding_changes_no_output_and_no_loss_of_the_transformer(mixer, pool, s
     (more.sum() + ortho2.sum()).backward()                          # the empty row included
     assert more.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
-
 @pytest.mark.parametrize("name", list(agf.MIXERS))
 def test_mixers_are_permutation_equivariant(name):
     mixer, order = agf.MIXERS[name](12, 3).double(), torch.randperm(9)
     x = torch.randn(2, 9, 12, dtype=torch.float64)
     torch.testing.assert_close(mixer(x[:, order])[0], mixer(x)[0][:, order])
-
 
 @pytest.mark.parametrize("name", list(agf.MIXERS))
 def test_bfloat16_autocast_keeps_softmax_polynomial_and_loss_in_float32(name):
@@ -380,14 +339,14 @@ def test_bfloat16_autocast_keeps_softmax_polynomial_and_loss_in_float32(name):
         mixer = model.blocks[0].mixer
         if isinstance(mixer, agf.AGFAttention):
             U, s, V, value = mixer.factors(torch.randn(2, 5, 16))
-            assert U.dtype == s.dtype == V.dtype == mixer.filter(s).dtype == torch.float32
+            assert U.dtype == V.dtype == torch.float32
+            assert s is None or s.dtype == mixer.filter(s).dtype == torch.float32
             assert value.dtype == torch.bfloat16
             theirs, mine = agf.orthogonality_loss(U, V), slow_loss(U.double(), V.double(), torch.ones(2, 5) > 0)
             assert theirs.dtype == torch.float32 and (theirs - mine).abs().max() < 1e-6
     assert loss.dtype == torch.float32
     assert (logits.float() - exact).abs().max() < 0.1 and (loss - ortho).abs().max() < 0.02
     (logits.float().sum() + loss.sum()).backward()
-
 
 @pytest.mark.parametrize("name", list(agf.MIXERS))
 def test_models_work_in_pure_float64_and_bfloat16(name):
@@ -396,23 +355,176 @@ def test_models_work_in_pure_float64_and_bfloat16(name):
         logits, ortho = model(torch.randn(2, 20, 2, dtype=dtype), random_keep(2, 20))
         assert logits.dtype == dtype and logits.isfinite().all() and ortho.isfinite().all()
 
-
-@pytest.mark.parametrize("name, n, amp", [(name, 20, False) for name in agf.MIXERS]
-                         + [("agf", 150, False), ("agf", 150, True)])
-def test_the_model_compiles_without_a_graph_break(name, n, amp):
-    model = agf.AGFTransformer(small(mixer=name, depth=1, length=n))
-    x, keep = torch.randn(2, n, 2), random_keep(2, n)
+@pytest.mark.parametrize("name, amp", [("agf", False), ("agf", True), ("softmax", False)])
+def test_the_model_compiles_without_a_graph_break_also_when_n_changes(name, amp):
+    model = agf.AGFTransformer(small(mixer=name, depth=1, length=400))
     torch.compiler.reset()
-    fast, found = torch.compile(model, fullgraph=True, backend="aot_eager"), []
-    for call in (fast, model):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            out = [*call(x), *call(x, keep)]
-        sum(part.sum() for part in out).backward()
-        found.append(out + [p.grad for p in model.parameters() if p.grad is not None])
-    for compiled, eager in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, **dict(rtol=0.05, atol=0.05) if amp else {})
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n in (130, 200, 333):                                # a third n once broke the backward
+        x, keep, found = torch.randn(2, n, 2), random_keep(2, n), []
+        for call in (fast, model):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                out = [*call(x, keep)]
+            sum(part.sum() for part in out).backward()
+            found.append(out + [p.grad for p in model.parameters() if p.grad is not None])
+        for compiled, eager in zip(*found, strict=True):
+            tolerance = dict(rtol=0.05, atol=0.05) if amp else dict(rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(compiled, eager, **tolerance)
 
+# ------------------------------------------------ a mixer behaves like any other torch module
+
+PROJECTIONS = ("U_proj", "s_proj", "V_proj", "value_proj", "out_proj")
+
+class LoRA(nn.Module):
+    """A frozen linear map plus a trained map of low rank, as an adapter library wraps it."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_an_adapter_around_any_projection_changes_the_output_and_learns(name):
+    mixer, x = agf.AGFAttention(16, 2), torch.randn(2, 9, 16)
+    nn.init.normal_(mixer.filter.theta)
+    before = mixer(x)[0]
+    adapter = LoRA(getattr(mixer, name))
+    setattr(mixer, name, adapter)
+    out, ortho = mixer(x)
+    (out.square().sum() + ortho.sum()).backward()
+    assert (out - before).abs().max() > 1e-6
+    assert all(p.grad.abs().sum() > 0 for p in (adapter.up.weight, adapter.down.weight))
+
+def test_hooks_see_each_projection_called_once():
+    mixer, seen = agf.AGFAttention(16, 2), []
+    for name in PROJECTIONS:
+        getattr(mixer, name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.append((name, output.shape)))
+    mixer(torch.randn(2, 9, 16))
+    assert sorted(seen) == sorted((name, (2, 9, 16)) for name in PROJECTIONS)
+
+def test_reparametrised_pruned_and_quantised_projections_take_effect():
+    def changed(change):
+        torch.manual_seed(0)
+        mixer, x = agf.AGFAttention(16, 2), torch.randn(2, 9, 16)
+        nn.init.normal_(mixer.filter.theta)
+        before = mixer(x)[0]
+        return (change(mixer)(x)[0] - before).abs().max()
+
+    def each(tool):
+        def change(mixer):
+            for name in PROJECTIONS:
+                tool(getattr(mixer, name))
+            return mixer
+        return change
+    double = each(lambda linear: linear.weight_g.data.mul_(2) if hasattr(linear, "weight_g")
+                  else nn.utils.weight_norm(linear).weight_g.data.mul_(2))
+    assert changed(each(nn.utils.weight_norm)) < 1e-5 < changed(double)
+    assert changed(each(nn.utils.spectral_norm)) > 1e-3
+    assert changed(each(parametrizations.spectral_norm)) > 1e-3
+    assert changed(each(partial(prune.l1_unstructured, name="weight", amount=0.9))) > 1e-3
+    quantised = changed(lambda mixer: torch.ao.quantization.quantize_dynamic(mixer, {nn.Linear}))
+    assert 0 < quantised < 0.1
+
+def test_construction_on_a_meta_device_and_in_a_fake_tensor_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with torch.device("meta"):
+        model = agf.AGFTransformer(small())
+    real = agf.AGFTransformer(small()).eval()
+    model.to_empty(device="cpu").load_state_dict(real.state_dict())
+    x = torch.randn(2, 20, 2)
+    assert torch.equal(model.eval()(x)[0], real(x)[0])
+    with FakeTensorMode():
+        fake = agf.AGFTransformer(small())
+        fake(torch.randn(2, 20, 2))[0].sum().backward()
+
+def test_no_constructor_makes_a_float64_tensor_which_mps_lacks():
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), function
+            return out
+    with Watch():
+        model = agf.AGFTransformer(small(order=10))
+        sum(part.sum() for part in model(torch.randn(2, 20, 2))).backward()
+
+@pytest.mark.parametrize("name", list(agf.MIXERS))
+@pytest.mark.parametrize("B, n", [(0, 5), (3, 0), (0, 0)])
+def test_no_samples_or_no_tokens_give_an_empty_output(name, B, n):
+    mixer = agf.MIXERS[name](12, 3)
+    for keep in (None, torch.ones(B, n) > 0):
+        out, ortho = mixer(torch.randn(B, n, 12), keep)
+        assert out.shape == (B, n, 12) and ortho.shape == (B,) and ortho.isfinite().all()
+    ids = agf.AGFTransformer(small(mixer=name, vocab=9))
+    logits, ortho = ids(torch.zeros(B, n, dtype=torch.long))
+    assert logits.shape == (B, 3) and logits.isfinite().all()
+    series = agf.AGFTransformer(small(mixer=name, kernel=3))
+    assert series(torch.randn(0, 5, 2))[0].shape == (0, 3)
+
+def test_gradient_checkpointing_has_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+    mixer, x = agf.AGFAttention(16, 2), torch.randn(2, 9, 16, requires_grad=True)
+    found = []
+    for call in (mixer, partial(checkpoint, mixer, use_reentrant=False)):
+        out, ortho = call(x)
+        found.append(torch.autograd.grad(out.sum() + ortho.sum(), [x, *mixer.parameters()]))
+    assert all(torch.equal(p, q) for p, q in zip(*found))
+
+def test_float16_with_a_gradient_scaler_trains():
+    model, y = agf.AGFTransformer(small()), torch.tensor([0, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scaler, x, losses = torch.amp.GradScaler("cpu"), torch.randn(2, 20, 2), []
+    for _ in range(20):
+        with torch.autocast("cpu", torch.float16):
+            logits, ortho = model(x)
+        loss = nn.functional.cross_entropy(logits.float(), y) + 0.01 * ortho.mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+def test_fsdp_by_linear_and_by_block_has_the_outputs_of_one_process(tmp_path):
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(HERE)!r})
+        import agf, torch
+        from torch import distributed, nn
+        from torch.distributed.fsdp import fully_shard
+        distributed.init_process_group("gloo", init_method="file://{tmp_path.as_posix()}/meet",
+                                       rank=0, world_size=1)
+        torch.manual_seed(0)
+        make = lambda: agf.AGFTransformer(agf.AGFConfig(classes=3, length=9, dim=16, heads=2))
+        for kind in (nn.Linear, agf.Block):
+            plain, sharded = make().eval(), make().eval()
+            sharded.load_state_dict(plain.state_dict())
+            for part in [m for m in sharded.modules() if isinstance(m, kind)]:
+                fully_shard(part)
+            fully_shard(sharded)
+            x = torch.randn(2, 9, 1)
+            (logits, ortho), want = sharded(x), plain(x)[0]
+            (logits.sum() + ortho.sum()).backward()
+            assert (logits - want).abs().max() < 1e-6
+            assert all(p.grad is not None for p in sharded.parameters())
+        print("same")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "same" in done.stdout, done.stderr
+
+def test_export_takes_any_batch_and_length():
+    model = agf.AGFTransformer(small(length=64, order=6)).eval()
+    nn.init.normal_(model.blocks[0].mixer.filter.theta)
+    B, n = torch.export.Dim("B"), torch.export.Dim("n", max=64)
+    x = torch.randn(2, 20, 2)
+    whole = torch.export.export(model, (x,), dynamic_shapes=({0: B, 1: n},)).module()
+    for shape in ((2, 20, 2), (5, 64, 2), (3, 7, 2)):
+        x = torch.randn(shape)
+        for ours, theirs in zip(whole(x), model(x)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 def test_no_tensor_grows_with_n_squared_and_little_is_saved_for_backward():
     n, mixer = 600, agf.AGFAttention(16, 2, order=10)
@@ -428,13 +540,11 @@ def test_no_tensor_grows_with_n_squared_and_little_is_saved_for_backward():
     assert sum(saved.values()) <= 9 * n * 16 * 4                   # 8 n D floats and the weights, K = 10
     (out.sum() + ortho.sum()).backward()
 
-
 def test_a_hundred_thousand_tokens_fit():
     mixer, x = agf.AGFAttention(16, 2), torch.randn(1, 100_000, 16, requires_grad=True)
     out, ortho = mixer(x)                                          # n x n floats would be 40 GB
     (out.sum() + ortho.sum()).backward()
     assert x.grad.isfinite().all()
-
 
 def test_a_training_step_costs_at_most_2_5_times_one_with_five_bare_linear_maps():
     class Floor(nn.Module):
@@ -456,7 +566,6 @@ def test_a_training_step_costs_at_most_2_5_times_one_with_five_bare_linear_maps(
             times.setdefault(name, []).append(time.process_time() - begin)
     assert min(times["agf"]) < 2.5 * min(times["floor"])
 
-
 # ------------------------------------------------------------------------------------ Transformer
 
 def test_hidden_states_are_all_layers_and_forward_uses_them():
@@ -468,7 +577,6 @@ def test_hidden_states_are_all_layers_and_forward_uses_them():
     each = [block.mixer(block.norm1(s), mask)[1] for block, s in zip(model.blocks, states)]
     torch.testing.assert_close(ortho, torch.stack(each).mean(0))
     torch.testing.assert_close(model(x, keep)[1], ortho)
-
 
 def test_a_users_own_mixer_plugs_in():
     class Shift(nn.Module):
@@ -482,17 +590,15 @@ def test_a_users_own_mixer_plugs_in():
     assert sum(isinstance(m, Shift) for m in model.modules()) == 3
     assert model(torch.randn(2, 20, 2))[0].shape == (2, 3)
 
-
 @pytest.mark.parametrize("mixer", list(agf.MIXERS))
-def test_models_copy_pickle_and_round_trip_their_state(mixer, tmp_path):
+def test_models_copy_pickle_and_round_trip_their_state(mixer):
     model = agf.AGFTransformer(small(mixer=mixer)).eval()
-    x, other = torch.randn(2, 20, 2), agf.AGFTransformer(small(mixer=mixer)).eval()
-    agf.save(tmp_path / "m.pt", model=model.state_dict())
-    other.load_state_dict(agf.load(tmp_path / "m.pt")["model"])
+    x, other, file = torch.randn(2, 20, 2), agf.AGFTransformer(small(mixer=mixer)).eval(), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
         assert torch.equal(twin(x)[0], model(x)[0])
-    assert os.listdir(tmp_path) == ["m.pt"]
-
 
 @pytest.mark.parametrize("changes, words", [
     (dict(heads=3), "heads must divide"), (dict(norm="mid"), "mid"), (dict(mixer="agff"), "agff"),
@@ -501,11 +607,9 @@ def test_an_impossible_configuration_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
         small(**changes)
 
-
 def test_an_input_longer_than_the_model_is_named():
     with pytest.raises(ValueError, match="21 steps"):
         agf.AGFTransformer(small())(torch.randn(1, 21, 2))
-
 
 def test_diagnostics_are_their_formulas_and_ignore_padding():
     x, keep = torch.randn(3, 8, 5, dtype=torch.float64), random_keep(3, 8)
@@ -524,44 +628,24 @@ def test_diagnostics_are_their_formulas_and_ignore_padding():
     assert agf.token_cosine(torch.ones(1, 4, 3)).item() == pytest.approx(1)
     assert agf.effective_rank(torch.eye(4)[None]).item() == pytest.approx(4)
 
-
 # --------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("name", ["agf", "softmax"])
 def test_one_batch_is_overfitted(name):
     model = agf.AGFTransformer(small(mixer=name))
     x, keep, y = torch.randn(12, 20, 2), random_keep(12, 20), torch.randint(3, (12,))
-    optimizer = torch.optim.AdamW(model.parameters())
-    agf.fit(model, optimizer, lambda step: (x, keep, y), 150, rate=lambda step: 3e-3)
-    assert (agf.evaluate(model, [(x, keep)]).argmax(1) == y).all()
-
-
-def test_a_restored_training_state_ends_at_the_same_numbers(tmp_path):
-    data = [(torch.randn(4, 20, 2), None, torch.randint(3, (4,))) for _ in range(20)]
-
-    def start():
-        torch.manual_seed(1)
-        model = agf.AGFTransformer(small(dropout=0.3))
-        return model, torch.optim.AdamW(model.parameters())
-    whole, optimizer = start()
-    agf.fit(whole, optimizer, data.__getitem__, 20, rate=lambda step: 1e-3 * (step + 1))
-    half, optimizer = start()
-    agf.fit(half, optimizer, data.__getitem__, 8, rate=lambda step: 1e-3 * (step + 1))
-    agf.save(tmp_path / "c.pt", **agf.training_state(half, optimizer))
-    again, optimizer = start()
-    torch.manual_seed(99)
-    agf.restore(agf.load(tmp_path / "c.pt"), again, optimizer)
-    agf.fit(again, optimizer, data.__getitem__, 20, rate=lambda step: 1e-3 * (step + 1), start=8)
-    for p, q in zip(whole.parameters(), again.parameters()):
-        assert torch.equal(p, q)
-
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss, ortho = agf.train_step(model, optimizer, x, keep, y)
+    assert (agf.evaluate(model, [(x, keep)]).argmax(1) == y).all() and model.training
+    assert not loss.requires_grad and loss.ndim == ortho.ndim == 0
 
 def test_agf_py_alone_in_an_empty_folder_trains_a_step(tmp_path):
     shutil.copy(HERE / "agf.py", tmp_path)
     code = ("import agf, torch\n"
             "model = agf.AGFTransformer(agf.AGFConfig(classes=2, length=9))\n"
-            "agf.fit(model, torch.optim.AdamW(model.parameters()), lambda step: (torch.randn(4, 9, 1), None,"
-            " torch.tensor([0, 1, 0, 1])), 1, rate=lambda step: 1e-3)\n"
+            "agf.train_step(model, torch.optim.AdamW(model.parameters()), torch.randn(4, 9, 1), None,"
+            " torch.tensor([0, 1, 0, 1]))\n"
             "print('trained')")
     roots = {line.split()[1].split(".")[0] for line in (HERE / "agf.py").read_text().splitlines()
              if line.startswith(("import ", "from "))}
@@ -569,221 +653,451 @@ def test_agf_py_alone_in_an_empty_folder_trains_a_step(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "trained" in done.stdout, done.stderr
 
+# ---------------------------------------------------------------- python train_uea.py, AGFClassifier
 
-# ------------------------------------------------------------------------------ python train_uea.py
+def ts(name, lines, labels="a b", more=""):
+    """The text of a .ts file; labels "" = unlabelled."""
+    label = f"true {labels}" if labels else "false"
+    return "\n".join([f"@problemName {name}", "@timeStamps false", *([more] if more else []),
+                      f"@classLabel {label}", "@data", *lines]) + "\n"
 
-def ts(name, lines, labels="a b", extra=""):
-    head = f"@problemName {name}\n@timeStamps false\n@missing false\n@univariate false\n@equalLength false\n"
-    return head + extra + (f"@classLabel true {labels}\n" if labels else "@classLabel false\n") + "@data\n" + "\n".join(lines) + "\n"
+def waves(count, rng, shift=0.0, length=None):
+    """Lines of two channels: label a is a slow wave, label b a fast one."""
+    lines = []
+    for i in range(count):
+        n = length or int(rng.integers(12, 20))
+        wave = np.sin(np.arange(n) * (0.5 + i % 2) + rng.uniform(0, 6))
+        channels = (wave + 0.1 * rng.standard_normal((2, n)) + shift).round(4)
+        lines.append(":".join(",".join(map(str, c)) for c in channels.tolist()) + ":" + "ab"[i % 2])
+    return lines
 
-
-def write_toy(folder, name="Toy", n=24, generator=None):
-    """Two classes that differ in frequency, two channels, unequal lengths 12 to 20."""
-    rng = np.random.default_rng(0)
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for split in ("TRAIN", "TEST"):
-        lines = []
-        for i in range(n):
-            t = np.arange(20 if i == 0 else rng.integers(12, 21))
-            x = np.stack([np.sin((0.4, 1.1)[i % 2] * t + rng.uniform(0, 6)), rng.normal(size=len(t))])
-            lines.append(":".join(",".join(f"{v:.4f}" for v in c) for c in x) + ":" + "ab"[i % 2])
-        (folder / name / f"{name}_{split}.ts").write_text(ts(name, lines))
+def write_set(folder, name, train, test, labels="a b", more=""):
+    (folder / name).mkdir(parents=True)
+    for split, lines in (("TRAIN", train), ("TEST", test)):
+        (folder / name / f"{name}_{split}.ts").write_text(ts(name, lines, labels, more),
+                                                          encoding="utf-8")
     return folder
 
-
-def uea(*argv, script=train_uea):
-    """Call a script in this process: -> (exit status, standard output, standard error)."""
+def uea(*argv):
+    """Call the script in this process: -> (exit status, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
-    train_uea.stop_asked.clear()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = script.main([str(a) for a in argv])
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+        status = train_uea.main([str(a) for a in argv])
     return status, out.getvalue(), err.getvalue()
-
-
-SMALL = ["--dim", 16, "--heads", 2, "--kernel", 3, "--epochs", 3]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_toy(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def finished(toy, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "toy"
-    assert uea("--dataset", "Toy", "--data-dir", toy, "--out", out, "--seeds", 2, *SMALL)[0] == 0
-    return out
-
-
-def test_a_run_leaves_its_whole_folder(finished):
-    assert sorted(os.listdir(finished)) == ["config.json", "curves.png", "filters.png", "metrics.jsonl", "model.pt", "result.json"]
-    result = json.loads((finished / "result.json").read_text())
-    assert result["dataset"] == "Toy" and result["mixer"] == "agf" and result["preset"] == "compact"
-    assert result["protocol"] == "honest" and result["seeds"] == [0, 1] and len(result["train_seconds"]) == 2
-    assert result["test_accuracy_mean"] == pytest.approx(np.mean(result["test_accuracy"]))
-    assert result["test_accuracy_std"] == pytest.approx(np.std(result["test_accuracy"], ddof=1))
-    assert all(a * 24 == pytest.approx(round(a * 24)) for a in result["test_accuracy"])
-    assert {"parameters", "device", "versions", "command"} <= set(result) and "best_test_accuracy" not in result
-    assert "torch" in result["versions"] and result["versions"]["torch"] == torch.__version__
-    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["seed"], r["epoch"]) for r in rows] == [(s, e) for s in (0, 1) for e in (1, 2, 3)]
-    assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_test_split_cannot_reach_training(toy, finished, tmp_path):
-    """Other test labels and values: the same trained weights to the last bit."""
-    (tmp_path / "Toy").mkdir()
-    shutil.copy(toy / "Toy" / "Toy_TRAIN.ts", tmp_path / "Toy")
-    (tmp_path / "Toy" / "Toy_TEST.ts").write_text(ts("Toy", ["1000,2000,3000:4,5,6:b"] * 5))
-    assert uea("--dataset", "Toy", "--data-dir", tmp_path, "--out", tmp_path / "r", "--seeds", 2, *SMALL)[0] == 0
-    one, two = agf.load(finished / "model.pt"), agf.load(tmp_path / "r" / "model.pt")
-    assert one["mean"] == two["mean"] and all(torch.equal(p, two["model"][k]) for k, p in one["model"].items())
-
-
-def test_protocol_paper_reports_the_best_test_epoch_with_a_label(toy, tmp_path):
-    status, out, _ = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", "--protocol", "paper", *SMALL)
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert status == 0 and result["best_test_accuracy"] == [max(r["test_accuracy"] for r in rows)]
-    assert "optimistic" in result["best_test_accuracy_label"] and "optimistic" in out
-    assert result["test_accuracy"] == [rows[-1]["test_accuracy"]]
-
-
-@pytest.mark.parametrize("flags", [["--mixer", "none"], ["--mixer", "softmax", "--pool", "flatten"], ["--mixer", "usv"],
-                                   ["--basis", "monomial", "--order", 2, "--augment", 0, "--kernel", 1], ["--seed", 7]])
-def test_what_a_student_would_change_works(toy, tmp_path, flags):
-    status, _, err = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *SMALL, *flags)
-    assert status == 0, err
-    config = json.loads((tmp_path / "r" / "config.json").read_text())
-    for flag, value in zip(flags[::2], flags[1::2]):
-        assert config["options"][flag[2:]] == value
-    assert (tmp_path / "r" / "filters.png").exists() == ("none" not in flags and "softmax" not in flags)
-
-
-def test_the_published_settings_are_those_of_the_paper():
-    sets = {name: train_uea.resolve(train_uea.options(["--dataset", name, "--preset", "paper"])[0]) for name in train_uea.PAPER_SETS}
-    assert len(sets) == 10 and all(s["dim"] == 512 and s["heads"] == 8 and s["norm"] == "post" for s in sets.values())
-    pick = lambda name: tuple(sets[name][k] for k in ("basis", "order", "a", "b", "gamma", "identity", "epochs"))
-    assert pick("JapaneseVowels")[:2] == ("legendre", 4) and pick("JapaneseVowels")[4:] == (0.01, False, 100)
-    assert pick("PEMS-SF") == ("jacobi", 5, 1.5, 2.0, 0.1, True, 400)
-    assert sets["SpokenArabicDigits"]["optimizer"] == "adam" and sets["Heartbeat"]["basis"] == "chebyshev"
-    for name, setting in sets.items():               # each builds
-        train_uea.build(setting, "agf", dict(classes=["a"] * 3, mean=[0.0] * 2), 8)
-
-
-def test_resume_after_a_kill_ends_at_the_same_numbers(toy, finished, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-    real, seen = agf.save, []
-
-    def save(path, **parts):                         # the power goes after the second checkpoint
-        real(path, **parts)
-        if Path(path).name == "checkpoint.pt":
-            seen.append(path)
-            if len(seen) == 2:
-                raise Killed
-    monkeypatch.setattr(agf, "save", save)
-    monkeypatch.setattr(train_uea, "SAVE_EVERY", 0)  # seconds: save after every step
-    run = tmp_path / "r"
-    with pytest.raises(Killed):
-        uea("--dataset", "Toy", "--data-dir", toy, "--out", run, "--seeds", 2, *SMALL)
-    assert not (run / "result.json").exists()
-    monkeypatch.undo()
-    status, _, err = uea("--resume", run, "--data-dir", toy)
-    assert status == 0, err
-    one, two = (json.loads((r / "result.json").read_text()) for r in (finished, run))
-    assert one["test_accuracy"] == two["test_accuracy"]
-    a, b = agf.load(finished / "model.pt")["model"], agf.load(run / "model.pt")["model"]
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    drop = lambda r: (r / "metrics.jsonl").read_text()
-    assert drop(finished) == drop(run)
-    status, out, _ = uea("--resume", run)
-    assert status == 0 and "finished" in out
-
-
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(toy, tmp_path):
-    run = tmp_path / "r"
-    command = [sys.executable, str(HERE / "train_uea.py")]
-    process = subprocess.Popen(command + ["--dataset", "Toy", "--data-dir", str(toy), "--out", str(run), "--epochs", "2000",
-                               "--dim", "16", "--heads", "2"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert "run folder" in process.stdout.readline() + process.stdout.readline()
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--resume {run}" in err and "Traceback" not in err
-    assert 0 < agf.load(run / "checkpoint.pt")["training"]["step"] < 2000 * 2
-
-
-def test_predict_writes_labels_and_probabilities(toy, finished):
-    status, out, err = uea("--predict", toy / "Toy" / "Toy_TEST.ts", "--checkpoint", finished)
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert status == 0 and len(rows) == 24 and list(rows[0]) == ["series", "label", "p(a)", "p(b)"], err
-    assert all(float(r["p(a)"]) + float(r["p(b)"]) == pytest.approx(1, abs=1e-5) for r in rows)
-    assert all(r["label"] == ("a" if float(r["p(a)"]) > float(r["p(b)"]) else "b") for r in rows)
-    truth = "ab" * 12
-    accuracy = np.mean([r["label"] == t for r, t in zip(rows, truth)])
-    assert accuracy == json.loads((finished / "result.json").read_text())["test_accuracy"][0]
-
-
-def test_predict_takes_series_without_labels(toy, finished, tmp_path):
-    (tmp_path / "new.ts").write_text(ts("New", ["1,2,3:4,5,6", "1,2:4,5"], labels=""))
-    status, out, err = uea("--predict", tmp_path / "new.ts", "--checkpoint", finished)
-    assert status == 0 and out.count("\n") == 3, err
-
-
-GOOD = ["1,2,3:4,5,6:a", "2,3,4:1,2,3:b", "1,2:4,5:a"]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "empty"), ("nonsense", "not a .ts file"), (ts("Bad", GOOD[:2])[:-12], "Bad_TRAIN.ts"),
-    (ts("Bad", ["1,2:3,4", "1,2:3,4"], labels=""), "labels are missing"), (ts("Bad", [])[:-1], "holds no series"),
-    (ts("Bad", ["1,inf,3:4,5,6:a"]), "infinite"), (ts("Bad", [":" + ":a"]), "Bad_TRAIN.ts"),
-    (ts("Bad", ["1,2,3:4,5,6:c"]), "'c'"), (ts("Bad", ["1,2,3:4,5,6:a", "1,2,3:a"]), "Bad_TRAIN.ts")])
-def test_a_damaged_file_gets_one_clear_line(tmp_path, text, words):
-    (tmp_path / "Bad").mkdir()
-    (tmp_path / "Bad" / "Bad_TRAIN.ts").write_text(text)
-    (tmp_path / "Bad" / "Bad_TEST.ts").write_text(ts("Bad", GOOD))
-    one_line_error(uea("--dataset", "Bad", "--data-dir", tmp_path, "--out", tmp_path / "r"), words)
-    assert not (tmp_path / "r").exists()
-
 
 def one_line_error(result, *words):
     status, _, err = result
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
     for word in words:
         assert word in err
+    return err
 
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
 
-def test_missing_values_are_interpolated_and_said(tmp_path, toy):
-    (tmp_path / "Bad").mkdir()
-    (tmp_path / "Bad" / "Bad_TRAIN.ts").write_text(ts("Bad", ["1,NaN,3,?:4,5,6,7:a"] + GOOD))
-    (tmp_path / "Bad" / "Bad_TEST.ts").write_text(ts("Bad", GOOD))
-    series, labels, classes = train_uea.read(tmp_path / "Bad" / "Bad_TRAIN.ts")
-    assert series[0][:, 0].tolist() == [1, 2, 3, 3] and labels == list("aaba") and classes == ["a", "b"]
-    status, _, err = uea("--dataset", "Bad", "--data-dir", tmp_path, "--out", tmp_path / "r", *SMALL)
-    assert status == 0 and "2 missing values, interpolated" in err
+SMALL = ["--dim", 16, "--heads", 2, "--kernel", 3, "--depth", 1, "--epochs", 3]
+TINY = dict(dim=8, heads=2, depth=1, kernel=3, epochs=2)
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    return write_set(tmp_path_factory.mktemp("data"), "Toy", waves(32, rng), waves(24, rng))
 
-@pytest.mark.parametrize("flags, words", [
-    (["--order", -1], "-1"), (["--heads", 3], "heads must divide"), (["--order", "many"], "many"),
-    (["--dim", 0], "dim"), (["--mixer", "agff"], "agff"), (["--epochs", 0], "--epochs"), (["--a", -2, "--b", -1], "a=-2"),
-    (["--lr", "nan"], "--lr"), (["--seeds", 0], "--seeds"), (["--device", "warp"], "warp"), (["--preset", "paper"], "Toy"),
-    (["--out", "/dev/null/run"], "/dev/null/run"), (["--dropout", 1.5], "dropout"), (["--lrr", 3], "--lrr")])
-def test_a_mistaken_option_gets_one_clear_line(toy, tmp_path, flags, words):
-    result = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *flags)
-    one_line_error(result, words)
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    status, _, err = uea("--dataset", "Toy", "--data-dir", toy, "--out", out, "--seeds", 2, *SMALL)
+    assert status == 0, err
+    return out
+
+# ---------------------------------------------------------------------------- the run folder
+
+def test_a_run_leaves_its_whole_folder(run):
+    assert sorted(os.listdir(run)) == ["config.json", "curves.png", "filters.png", "metrics.jsonl",
+                                       "result.json", "seed-0.pt", "seed-1.pt"]
+    result = result_of(run)
+    assert result["dataset"] == "Toy" and result["mixer"] == "agf" and result["seeds"] == [0, 1]
+    assert result["protocol"] == "honest" and len(result["train_seconds"]) == 2
+    assert result["test_accuracy_mean"] == pytest.approx(np.mean(result["test_accuracy"]))
+    assert result["test_accuracy_std"] == pytest.approx(np.std(result["test_accuracy"], ddof=1))
+    assert {"parameters", "device", "command", "date", "preset", "epochs"} <= set(result)
+    assert result["versions"]["torch"] == torch.__version__
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["epoch"]) for r in rows] == [(s, e) for s in (0, 1) for e in (1, 2, 3)]
+    for name in ("curves.png", "filters.png"):
+        assert (run / name).read_bytes()[:4] == b"\x89PNG"
+
+def test_ensemble_accuracy_is_that_of_the_averaged_probabilities(toy, run):
+    X, y = train_uea.read(toy / "Toy" / "Toy_TEST.ts")
+    shares = sum(AGFClassifier.load(run / f"seed-{seed}.pt").predict_proba(X) for seed in (0, 1))
+    found = np.array(["a", "b"])[shares.argmax(1)]
+    assert result_of(run)["ensemble_accuracy"] == pytest.approx(np.mean(found == y))
+
+def test_the_test_split_cannot_reach_training(toy, run, tmp_path):
+    """Other test labels and values: the same trained weights to the last bit."""
+    write_set(tmp_path, "Toy", [], ["1000,2000,3000:4,5,6:b"] * 5)
+    shutil.copy(toy / "Toy" / "Toy_TRAIN.ts", tmp_path / "Toy")
+    assert uea("--dataset", "Toy", "--data-dir", tmp_path, "--out", tmp_path / "r", *SMALL)[0] == 0
+    one, two = (train_uea.load(r / "seed-0.pt") for r in (run, tmp_path / "r"))
+    assert one["data"] == two["data"]
+    assert all(torch.equal(p, two["model"][k]) for k, p in one["model"].items())
+
+def test_protocol_paper_reports_the_best_test_epoch_with_a_label(toy, tmp_path):
+    status, out, _ = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r",
+                         "--protocol", "paper", *SMALL)
+    result = result_of(tmp_path / "r")
+    rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert status == 0 and result["best_test_accuracy"] == [max(r["test_accuracy"] for r in rows)]
+    assert "optimistic" in result["best_test_accuracy_label"] and "optimistic" in out
+    assert result["test_accuracy"] == [rows[-1]["test_accuracy"]]
+
+@pytest.mark.parametrize("flags", [
+    ["--mixer", "none"], ["--mixer", "softmax", "--pool", "flatten"], ["--mixer", "usv"],
+    ["--mixer", "uv", "--no-zero-init"],
+    ["--basis", "monomial", "--order", 2, "--augment", 0, "--mixup", 0, "--kernel", 1]])
+def test_what_a_student_would_change_works(toy, tmp_path, flags):
+    status, _, err = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *SMALL,
+                         "--epochs", 1, *flags)
+    assert status == 0, err
+    settings = json.loads((tmp_path / "r" / "config.json").read_text())["settings"]
+    for name, value in zip(flags[::2], flags[1::2]):
+        assert settings[name[2:].replace("-", "_")] == value
+    assert (tmp_path / "r" / "filters.png").exists() == bool({"usv", "monomial"} & set(flags))
+
+def test_the_published_settings_are_those_of_the_paper():
+    sets = {name: train_uea.published(name) for name in train_uea.PAPER_SETS}
+    assert len(sets) == 10 and all(s["dim"] == 512 and s["norm"] == "post" for s in sets.values())
+    vowels = sets["JapaneseVowels"]
+    assert (vowels["basis"], vowels["order"], vowels["gamma"]) == ("legendre", 4, 0.01)
+    assert not vowels["identity"] and vowels["optimizer"] == "radam" and vowels["epochs"] == 100
+    assert sets["PEMS-SF"]["epochs"] == 400 and sets["SpokenArabicDigits"]["optimizer"] == "adam"
+    for setting in sets.values():                    # each is known, and builds
+        train_uea.check(train_uea.OPTIONS, setting)
+        setting = vars(train_uea.settle(train_uea.RECIPE, {}, setting)) | dict(dim=16, hidden=16)
+        train_uea.make_model(setting, dict(classes=["a", "b"], mean=[0.0], length=8))
+
+# ---------------------------------------------------------------------------- the estimator
+
+def test_all_of_aeons_checks_of_an_estimator_pass():
+    from aeon.testing.estimator_checking import check_estimator
+    found = check_estimator(AGFClassifier, raise_exceptions=False, verbose=False)
+    assert len(found) > 20 and {k: v for k, v in found.items() if v != "PASSED"} == {}
+
+def test_arrays_in_labels_out_also_of_unequal_lengths_and_in_cross_validation():
+    from sklearn.model_selection import cross_val_score
+    rng = np.random.default_rng(0)
+    X = [np.sin(np.arange(n) * (0.5 + i % 2))[None] for i, n in enumerate(rng.integers(9, 16, 24))]
+    X[3][0, 4] = np.nan
+    y = np.array([7, -2] * 12)
+    state = torch.random.get_rng_state()
+    model = AGFClassifier(**TINY | dict(epochs=12), mixup=0, lr=1e-2).fit(X, y)
+    assert torch.equal(torch.random.get_rng_state(), state)        # the caller's own stays
+    assert model.predict(X).tolist() == y.tolist()
+    assert model.predict_proba(X).shape == (24, 2) and model.classes_.tolist() == [-2, 7]
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+    scores = cross_val_score(AGFClassifier(**TINY), X, np.array(["x", "y"] * 12), cv=2)
+    assert scores.shape == (2,) and all(0 <= score <= 1 for score in scores)
+
+def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    X, y = np.random.default_rng(0).standard_normal((8, 2, 9)), np.array([0, 1] * 4)
+    recipe = TINY | dict(epochs=4, dropout=0.3)
+    whole = AGFClassifier(**recipe).fit(X, y)
+    half = AGFClassifier(**recipe, save_to=str(tmp_path / "half.pt"))
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        half.fit(X, y)
+    monkeypatch.undo()
+    half.fit(X, y)
+    assert half.history_ == whole.history_
+    assert np.array_equal(half.predict_proba(X), whole.predict_proba(X))
+    with pytest.raises(ValueError, match="other data"):
+        half.fit(X, 1 - y)
+    with pytest.raises(ValueError, match="options"):
+        AGFClassifier(**recipe | dict(order=2), save_to=str(tmp_path / "half.pt")).fit(X, y)
+
+def stop_after(monkeypatch, count):
+    """Ctrl-C right after so many checkpoints."""
+    real, left = train_uea.save, [count]
+
+    def save(path, state):
+        real(path, state)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train_uea, "save", save)
+
+@pytest.mark.parametrize("wrong, word", [
+    (dict(augment=50), "augment"), (dict(epochs=0), "epochs"), (dict(mixer="agff"), "mixer"),
+    (dict(random_state=-1), "seed"), (dict(optimizer="sgd"), "optimizer"),
+    (dict(heads=3), "heads")])
+def test_a_wrong_parameter_is_a_value_error_that_names_it(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        AGFClassifier(**TINY | wrong).fit(np.zeros((4, 1, 9)), np.array([0, 1, 0, 1]))
+
+# ---------------------------------------------------------------------------- stop and go on
+
+def test_ctrl_c_tells_how_to_resume_to_the_same_numbers(toy, run, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    stop_after(monkeypatch, 4)                       # in the second seed
+    status, _, err = uea("--dataset", "Toy", "--data-dir", toy, "--out", out, "--seeds", 2, *SMALL)
+    assert status == 130 and f"--resume {out}" in err and not (out / "result.json").exists()
+    monkeypatch.undo()
+    shutil.copytree(toy, tmp_path / "moved")
+    status, _, err = uea("--resume", out, "--data-dir", tmp_path / "moved", "--dim", 16)
+    assert status == 0, err
+    one, two = result_of(run), result_of(out)
+    assert all(one[k] == two[k] for k in ("test_accuracy", "ensemble_accuracy", "seeds"))
+    assert (run / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    a, b = (train_uea.load(r / "seed-1.pt")["model"] for r in (run, out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    status, text, _ = uea("--resume", out)
+    assert status == 0 and "finished" in text
+
+def test_ctrl_c_stops_a_real_process_at_once(toy, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train_uea.py"), "--dataset", "Toy", "--data-dir", str(toy),
+         "--out", str(tmp_path / "r"), "--epochs", "5000", "--dim", "16", "--heads", "2"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "r" / "seed-0.pt").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=15)         # five seconds, on a machine that is not busy
+    assert process.returncode == 130
+    assert "--resume" in err and "Traceback" not in err
+    assert 0 < len(train_uea.load(tmp_path / "r" / "seed-0.pt")["history"]) < 5000
+
+@pytest.mark.parametrize("flags, word", [
+    (["--mixer", "agf"], "--mixer"), (["--seed", 0], "--seed"), (["--epochs", 9], "--epochs"),
+    (["--compile"], "--compile"), (["--dataset", "Other"], "--dataset"), (["--out", "x"], "--out")])
+def test_resume_refuses_other_options_even_where_they_equal_the_default(run, tmp_path, flags, word):
+    copy = tmp_path / "r"
+    shutil.copytree(run, copy)
+    (copy / "result.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"] |= dict(mixer="softmax", seed=3)
+    (copy / "config.json").write_text(json.dumps(config))
+    one_line_error(uea("--resume", copy, *flags), word)
+
+@pytest.mark.parametrize("split, old, new", [("TRAIN", ":a", ":b"), ("TEST", ":a", ":b"),
+                                             ("TRAIN", "0.1", "0.2")])
+def test_resume_refuses_data_that_changed(toy, run, tmp_path, split, old, new):
+    shutil.copytree(run, tmp_path / "r")
+    shutil.copytree(toy, tmp_path / "d")
+    (tmp_path / "r" / "result.json").unlink()
+    file = tmp_path / "d" / "Toy" / f"Toy_{split}.ts"
+    file.write_text(file.read_text().replace(old, new, 3))
+    one_line_error(uea("--resume", tmp_path / "r", "--data-dir", tmp_path / "d"), "data changed")
+
+def test_resume_meets_odd_folders_and_files_with_one_line(toy, run, tmp_path):
+    copy = tmp_path / "r"
+    shutil.copytree(run, copy)
+    good = json.loads((copy / "config.json").read_text())
+    for odd in ("", "[]", "{}", "null", '{"settings": 3}', "[" * 100_000,
+                json.dumps({**good, "script": "train_lra.py"}),
+                json.dumps({**good, "settings": dict(dim=3)}),
+                json.dumps({**good, "settings": {**good["settings"], "dim": "many"}})):
+        (copy / "config.json").write_text(odd)
+        one_line_error(uea("--resume", copy), "--resume")
+    (copy / "config.json").write_text(json.dumps(good))
+    for odd in ("", "[]", '{"test_accuracy_mean": null}', "\x00"):
+        (copy / "result.json").write_text(odd)
+        one_line_error(uea("--resume", copy), "result.json")
+    (copy / "result.json").unlink()
+    for odd in ([1, 2], {"a": 1}, {}, "text"):
+        torch.save(odd, copy / "seed-0.pt")
+        one_line_error(uea("--resume", copy), "seed-0.pt")
+    for odd in (tmp_path / "nowhere", toy, run / "config.json"):
+        one_line_error(uea("--resume", odd), str(odd))
+
+def test_a_full_disk_or_a_removed_folder_is_one_line(toy, run, tmp_path, monkeypatch):
+    out, real = tmp_path / "r", torch.save
+    flags = ["--dataset", "Toy", "--data-dir", toy, "--out", out, *SMALL]
+    calls = []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("unexpected pos 64 vs 0")
+        real(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    one_line_error(uea(*flags), "seed-0.pt", "disk")
+    monkeypatch.undo()
+    assert uea("--resume", out, "--data-dir", toy)[0] == 0
+    assert result_of(out)["test_accuracy"] == result_of(run)["test_accuracy"][:1]
+
+    def gone(state, path):
+        shutil.rmtree(tmp_path / "s")
+        real(state, path)
+    monkeypatch.setattr(torch, "save", gone)
+    one_line_error(uea(*flags[:4], "--out", tmp_path / "s", *SMALL), "seed-0.pt", "folder")
+
+def test_two_runs_never_share_a_folder(toy, run, tmp_path, monkeypatch):
+    before = (run / "result.json").read_text()
+    flags = ["--dataset", "Toy", "--data-dir", toy, *SMALL]
+    one_line_error(uea(*flags, "--out", run), "there already")
+    assert (run / "result.json").read_text() == before
+    monkeypatch.chdir(tmp_path)
+    settings = train_uea.settle(train_uea.OPTIONS, {}, {})
+    made = [train_uea.open_run("train_uea.py", settings, "100%d", "x") for _ in range(20)]
+    assert len(set(made)) == 20 and all("100%d" in str(folder) for folder in made)
+    settings.out, ends = str(tmp_path / "one"), []
+
+    def race():
+        try:
+            train_uea.open_run("train_uea.py", settings, "Toy", "x")
+            ends.append("mine")
+        except train_uea.UserError:
+            ends.append("refused")
+    threads = [threading.Thread(target=race) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(ends) == ["mine"] + ["refused"] * 7
+
+# ---------------------------------------------------------------------------- predict
+
+def test_predict_writes_labels_and_probabilities(toy, run):
+    status, out, err = uea("--predict", toy / "Toy" / "Toy_TEST.ts", "--checkpoint", run)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 0 and list(rows[0]) == ["series", "label", "p(a)", "p(b)"], err
+    assert all(float(r["p(a)"]) + float(r["p(b)"]) == pytest.approx(1, abs=1e-5) for r in rows)
+    assert all(r["label"] == ("a" if float(r["p(a)"]) > float(r["p(b)"]) else "b") for r in rows)
+    accuracy = np.mean([r["label"] == "ab"[i % 2] for i, r in enumerate(rows)])
+    assert len(rows) == 24 and accuracy == result_of(run)["test_accuracy"][0]
+
+@pytest.mark.parametrize("name", ["new.ts", "new", "new.txt", "new.data.csv"])
+def test_predict_takes_series_without_labels_and_files_of_any_name(run, tmp_path, name):
+    (tmp_path / name).write_text(ts("New", ["1,2,3:4,5,6", "1,2:4,5", "", "7:8", "  "], labels=""))
+    status, out, err = uea("--predict", tmp_path / name, "--checkpoint", run)
+    assert status == 0 and out.count("\n") == 4 and "nan" not in out, err
+
+def test_a_wrong_checkpoint_is_refused(toy, run, tmp_path):
+    file = toy / "Toy" / "Toy_TEST.ts"
+    (tmp_path / "seed-0.pt").write_bytes((run / "seed-0.pt").read_bytes()[:2000])
+    one_line_error(uea("--predict", file, "--checkpoint", tmp_path), "not a readable checkpoint")
+    for odd in ({"a": 1}, {"recipe": dict(mixer="agf")}, [1], torch.zeros(2), {"recipe": 1}):
+        torch.save(odd, tmp_path / "other.pt")
+        one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "other.pt"), "other.pt")
+    one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "no.pt"), "no such checkpoint")
+    one_line_error(uea("--predict", file, "--checkpoint", toy), str(toy))
+    one_line_error(uea("--predict", file), "--checkpoint")
+    one_line_error(uea("--predict", file, "--checkpoint", run, "--mixer", "uv"), "--device")
+
+def test_a_run_with_a_mixer_of_ones_own_is_unknown_in_another_process(toy, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(agf.MIXERS, "mine", agf.NoMixer)
+        assert uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *SMALL,
+                   "--mixer", "mine")[0] == 0
+    file = toy / "Toy" / "Toy_TEST.ts"
+    one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "r"), "'mine'", "unknown")
+
+# ---------------------------------------------------------------------------- odd input
+
+GOOD = ["1,2,3:4,5,6:a", "2,3,4:1,2,3:b", "1,2:4,5:a"]
+
+def refused(tmp_path, text, *words):
+    """Train on this TRAIN file: one line that names file and words, and no run folder."""
+    folder = tmp_path / "Bad"
+    folder.mkdir(exist_ok=True)
+    (folder / "Bad_TRAIN.ts").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "Bad_TEST.ts").write_text(ts("Bad", GOOD))
+    flags = ["--dataset", "Bad", "--data-dir", tmp_path, "--out", tmp_path / "r", *SMALL]
+    one_line_error(uea(*flags), "Bad_TRAIN.ts", *words)
     assert not (tmp_path / "r").exists()
 
+def bad(*lines, more=""):
+    return ts("Bad", [*GOOD, *lines], more=more)
 
-def test_an_unknown_data_set_lists_near_names(tmp_path):
-    one_line_error(uea("--dataset", "JapaneseVowel", "--data-dir", tmp_path / "d"), "JapaneseVowels")
-    one_line_error(uea("--dataset", "xyzzy", "--data-dir", tmp_path / "d"), "--list")
-    one_line_error(uea(), "--dataset JapaneseVowels")
-    assert not (tmp_path / "d").exists()
+@pytest.mark.parametrize("text, word", [
+    ("", "empty"), ("nonsense", "not a .ts file"), (b"\xff\xfe@\0d\0a\0t\0a\0", "not a .ts file"),
+    (bad()[:-3], "series 3"), (ts("Bad", []), "no series"), (ts("Bad", GOOD[:1] * 3), "same label"),
+    (ts("Bad", ["1,2:3,4"] * 2, labels=""), "labels are missing"),
+    (bad().replace("@classLabel true a b\n", ""), "labels are missing"),
+    (bad().replace("true a b", "true"), "labels are missing"),
+    (bad("1,2,3:4,5,6:c"), "'c'"), (bad("1,2,3:4,5,6:A"), "'A'"), (bad("1,2,3:4,5,6:"), "''"),
+    (bad("1,inf,3:4,5,6:a"), "series 4"), (bad("1e39,2:3,4:a"), "series 4"),
+    (bad("::a"), "series 4"), (bad("1,2:-1e999,4:b"), "series 4"), (bad("1,2:3:a"), "differ"),
+    (bad("1,x:3,4:a"), "'x'"),
+    (bad("1,2,3:a"), "1 channels"), (bad("1,2:3,4:5,6:a"), "3 channels"),
+    (bad(more="@dimensions 3"), "2 channels"), (bad(more="@univariate true"), "2 channels"),
+    (bad(more="@equalLength true"), "series 3"), (bad(more="@targetLabel true"), "regression")])
+def test_a_damaged_file_gets_one_clear_line(tmp_path, text, word):
+    refused(tmp_path, text, word)
 
+@pytest.mark.parametrize("line", ["@timeStamps true", "@TIMESTAMPS  TRUE", "@timestamps\ttrue",
+                                  "@timeStamps", "@timeStamps yes", "@timeStamp true"])
+def test_timestamps_are_refused_in_any_form(tmp_path, line):
+    values = ["(0,-1.5),(1,2e-3):(0,1),(1,2):a", "(2020-01-01 00:00,1):(2020-01-01 00:00,2):b"]
+    refused(tmp_path, ts("Bad", values).replace("@timeStamps false", line), "timestamps")
+    refused(tmp_path, ts("Bad", values), "series 1")
+
+def fitted(tmp_path, train, test, *flags, labels="a b", more=""):
+    write_set(tmp_path / "d", "Odd", train, test, labels, more)
+    status, _, err = uea("--dataset", "Odd", "--data-dir", tmp_path / "d", "--out", tmp_path / "r",
+                         *SMALL, "--epochs", 15, "--mixup", 0, "--lr", 0.01, *flags)
+    assert status == 0, err
+    return result_of(tmp_path / "r")["test_accuracy"][0]
+
+def test_a_large_offset_loses_no_signal(tmp_path):
+    rng = np.random.default_rng(1)
+    assert fitted(tmp_path, waves(32, rng, -3e9), waves(16, rng, -3e9)) > 0.9
+
+def test_a_channel_that_is_constant_in_train_is_not_blown_up():
+    X = [np.stack([np.arange(5.0) * (i + 1), np.full(5, 0.1) + (i % 2) * 1e-17]) for i in range(4)]
+    data = train_uea.describe(X, list("abab"))
+    assert data["std"][1] == 1 and data["std"][0] > 1
+    moved, _, _ = train_uea.encode([X[0] + 0.01], ["a"], data, "X")
+    assert abs(moved[0, :, 1] - 0.01).max() < 1e-6
+    tiny = [x * 1e-13 for x in X]                    # small numbers are no constant channel
+    x, _, _ = train_uea.encode(tiny, [], train_uea.describe(tiny, list("abab")), "X")
+    assert x[:, :, 0].std() > 0.5
+
+@pytest.mark.parametrize("value", ["1e30", "-1e20", "3.4e38", "1e39", "inf", "-Infinity", "1e400"])
+def test_values_that_overflow_are_refused_with_file_and_series_never_nan(run, tmp_path, value):
+    (tmp_path / "new.ts").write_text(ts("New", [GOOD[0], f"1,{value},3:4,5,6:b"]))
+    result = uea("--predict", tmp_path / "new.ts", "--checkpoint", run)
+    one_line_error(result, "new.ts", "series 2")
+    assert "nan" not in result[1]
+
+def test_labels_come_back_as_written(tmp_path):
+    names = ["Standing", "banana", "NaN", "A", "a", "?"]
+    rng = np.random.default_rng(0)
+    train = [line.rsplit(":", 1)[0] + ":" + names[i % 6] for i, line in enumerate(waves(24, rng))]
+    fitted(tmp_path, train, train[:6], "--epochs", 1, labels=" ".join(names))
+    file = tmp_path / "d" / "Odd" / "Odd_TEST.ts"
+    status, out, _ = uea("--predict", file, "--checkpoint", tmp_path / "r")
+    assert status == 0 and set(out.split("\n")[0].split(",")) >= {f"p({name})" for name in names}
+    assert AGFClassifier.load(tmp_path / "r").classes_.tolist() == sorted(names)
+
+def test_channels_without_a_label_line_are_never_dropped(run, tmp_path):
+    text = ts("New", ["1,2:3,4:7,7"]).replace("@classLabel true a b\n", "")
+    (tmp_path / "new.ts").write_text(text)
+    result = uea("--predict", tmp_path / "new.ts", "--checkpoint", run)
+    one_line_error(result, "3 channels", "series 1")
+
+def test_series_of_one_time_step_train_and_predict(tmp_path):
+    train = [f"{(-1) ** i + i / 100}:{i / 50}:" + "ab"[i % 2] for i in range(20)] + [""]
+    assert fitted(tmp_path, train, train) == 1.0
+    file = tmp_path / "d" / "Odd" / "Odd_TRAIN.ts"
+    status, out, _ = uea("--predict", file, "--checkpoint", tmp_path / "r")
+    assert status == 0 and out.count("\n") == 21     # the blank line is no series
+
+def test_missing_values_are_interpolated_and_said(tmp_path, run):
+    (tmp_path / "new.ts").write_text(ts("New", ["1,NaN,3,?:4,5,6,7:a", "?,?:1,nan:b"]))
+    series, labels = train_uea.read(tmp_path / "new.ts")
+    assert train_uea.filled(series[0])[0].tolist() == [1, 2, 3, 3] and labels == ["a", "b"]
+    status, out, err = uea("--predict", tmp_path / "new.ts", "--checkpoint", run)
+    assert status == 0 and "5 missing values" in err and "nan" not in out
+
+def test_a_folder_without_ts_files_is_told_truly_and_not_downloaded_over(tmp_path, monkeypatch):
+    import aeon.datasets
+    monkeypatch.setattr(aeon.datasets, "load_classification", None)
+    (tmp_path / "Libras").mkdir()
+    (tmp_path / "Libras" / "Libras_TRAIN.arff").write_text("@relation")
+    one_line_error(uea("--dataset", "Libras", "--data-dir", tmp_path), "Libras_TRAIN.ts", "only")
+    (tmp_path / "Libras" / "Libras_TRAIN.ts").write_text(ts("Libras", GOOD))
+    one_line_error(uea("--dataset", "Libras", "--data-dir", tmp_path), "Libras_TEST.ts is missing")
 
 def test_a_failed_download_says_which_file_to_put_where(tmp_path, monkeypatch):
     import aeon.datasets
@@ -791,48 +1105,143 @@ def test_a_failed_download_says_which_file_to_put_where(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(aeon.datasets, "load_classification", no_network)
-    one_line_error(uea("--dataset", "Libras", "--data-dir", tmp_path / "d"), "Libras.zip", "Libras_TRAIN.ts", "no route")
-    assert not any((tmp_path / "d").iterdir())
+    result = uea("--dataset", "Libras", "--data-dir", tmp_path)
+    one_line_error(result, "Libras.zip", "Libras_TRAIN.ts", "no route")
+    one_line_error(uea("--dataset", "JapaneseVowel", "--data-dir", tmp_path), "JapaneseVowels")
+    one_line_error(uea("--dataset", "xyzzy", "--data-dir", tmp_path), "--list")
+    one_line_error(uea("--dataset", "../Toy", "--data-dir", tmp_path), "not a path")
+    one_line_error(uea(), "--dataset JapaneseVowels")
+    assert not any(tmp_path.iterdir())
 
+def test_list_names_exactly_what_dataset_finds(tmp_path, monkeypatch):
+    write_set(tmp_path, "100%d", GOOD, GOOD)
+    write_set(tmp_path, "Long", GOOD, GOOD, labels="a b " + " ".join(map(str, range(20_000))),
+              more="\n".join(["# " + "x" * 500] * 300))
+    write_set(tmp_path, "Stamps", GOOD, GOOD, more="@timeStamps true")
+    write_set(tmp_path, "Plain", GOOD, GOOD, labels="")
+    (tmp_path / "Half").mkdir()
+    (tmp_path / "Half" / "Half_TRAIN.ts").write_text(ts("Half", GOOD))
+    (tmp_path / "Dir" / "Dir_TRAIN.ts").mkdir(parents=True)
+    (tmp_path / "Other" / "x").mkdir(parents=True)
+    (tmp_path / "Other" / "Elsewhere_TRAIN.ts").write_text(ts("E", GOOD))
+    os.symlink(tmp_path / "nowhere", tmp_path / "Gone_TRAIN.ts")
+    (tmp_path / "Flat_TRAIN.ts").write_text(ts("Flat", GOOD))
+    (tmp_path / "Flat_TEST.ts").write_text(ts("Flat", GOOD))
+    with open(tmp_path / "Flat_TRAIN.ts", "r+b") as file:
+        file.truncate(2**32)          # a sparse file of 4 GB: never read whole
+    begin = time.monotonic()
+    status, out, _ = uea("--list", "--data-dir", tmp_path)
+    listed = {line.split()[0] for line in out.splitlines() if str(tmp_path) in line}
+    assert status == 0 and listed == {"100%d", "Long", "Flat"} and time.monotonic() - begin < 5
+    assert "BasicMotions" in out and all(name in out for name in train_uea.PAPER_SETS)
+    for name in listed - {"Flat"}:
+        assert train_uea.find(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert uea("--dataset", "100%d", "--data-dir", tmp_path, *SMALL)[0] == 0
 
-def test_a_wrong_or_corrupted_checkpoint_is_refused(toy, finished, tmp_path):
-    file = toy / "Toy" / "Toy_TEST.ts"
-    (tmp_path / "model.pt").write_bytes((finished / "model.pt").read_bytes()[:2000])
-    one_line_error(uea("--predict", file, "--checkpoint", tmp_path), "not a readable checkpoint")
-    torch.save({"a": 1}, tmp_path / "other.pt")
-    one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "other.pt"), "not a checkpoint of train_uea.py")
-    one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "none.pt"), "no such checkpoint")
-    one_line_error(uea("--predict", file), "--checkpoint")
-    (tmp_path / "three.ts").write_text(ts("Three", ["1,2:3,4:5,6:a"]))
-    one_line_error(uea("--predict", tmp_path / "three.ts", "--checkpoint", finished), "3 channels", "Toy")
-    one_line_error(uea("--predict", file, "--checkpoint", finished, "--dataset", "Other"), "Toy", "Other")
-    one_line_error(uea("--resume", tmp_path / "nowhere"), "nowhere")
+@pytest.mark.parametrize("flags, word", [
+    (["--order", -1], "--order"), (["--heads", 3], "heads must"), (["--order", "many"], "many"),
+    (["--dim", 0], "--dim"), (["--mixer", "agff"], "agff"), (["--epochs", 0], "--epochs"),
+    (["--a", -2, "--b", -1], "a=-2"), (["--lr", "nan"], "--lr"), (["--seeds", 0], "--seeds"),
+    (["--device", "warp"], "--device warp"), (["--preset", "paper"], "Toy"),
+    (["--lrr", 3], "--lrr"), (["--seed", "1e23"], "--seed"), (["--seed", 10**23], "--seed"),
+    (["--augment", 50], "--augment"), (["--see", 1], "--see"),
+    (["--dropout", 1.5], "--dropout"), (["--mixup", "inf"], "--mixup"), (["--clip", 0], "--clip"),
+    (["--gamma", 1e30], "--gamma"), (["--batch-size", 10**30], "--batch-size"),
+    (["--schedule", "step"], "--schedule"), (["--kernel", 4], "kernel"),
+    (["--out", "/dev/null/run"], "/dev/null/run")])
+def test_a_mistaken_option_gets_one_clear_line_that_blames_it(toy, tmp_path, flags, word):
+    result = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *flags)
+    one_line_error(result, word)
+    assert not (tmp_path / "r").exists()
 
+def test_compile_without_a_compiler_is_one_line(toy, tmp_path):
+    done = another_process("--dataset", "Toy", "--data-dir", toy, "--compile", "--out",
+                           tmp_path / "r", CXX="no-such-compiler",
+                           TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
+    one_line_error((done.returncode, done.stdout, done.stderr), "--compile")
+    assert not (tmp_path / "r").exists()
 
-def test_a_run_folder_is_never_overwritten(toy, finished):
-    before = (finished / "result.json").read_text()
-    one_line_error(uea("--dataset", "Toy", "--data-dir", toy, "--out", finished, *SMALL), "already holds a run")
-    assert (finished / "result.json").read_text() == before
+def another_process(*argv, **environment):
+    return subprocess.run([sys.executable, HERE / "train_uea.py", *map(str, argv)], text=True,
+                          capture_output=True, env={**os.environ, **environment})
 
+def test_a_label_that_the_output_cannot_encode_is_no_traceback(tmp_path):
+    names = dict(a="gehört", b="日本")
+    train = [line[:-1] + names[line[-1]] for line in waves(8, np.random.default_rng(0))]
+    fitted(tmp_path, train, train, "--epochs", 1, labels="gehört 日本")
+    done = another_process("--predict", tmp_path / "d" / "Odd" / "Odd_TEST.ts", "--checkpoint",
+                           tmp_path / "r", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+    assert done.stdout.count("\n") == 9
 
-def test_list_names_the_papers_ten_and_what_is_here(toy):
-    status, out, _ = uea("--list", "--data-dir", toy)
-    assert status == 0 and "Toy" in out and "BasicMotions" in out and all(name in out for name in train_uea.PAPER_SETS)
+def test_hundreds_of_mutated_files_give_a_user_error_or_a_finite_result(run, tmp_path):
+    rng, path, good = random.Random(0), tmp_path / "mutant.ts", 0
+    classifier = AGFClassifier.load(run)
+    whole = ts("Toy", waves(6, np.random.default_rng(0), length=12), more="@dimensions 2")
+    pieces = ["NaN", "?", "1e400", "1e38", "-1e-320", "\n", "true", "false", "\0", "é", "\udcff",
+              "@data\n", "@classLabel true a b\n", "0x1", "--1", *":,@#( a0123456789"]
+    for _ in range(400):
+        text = whole
+        for _ in range(rng.randint(1, 2)):
+            i = rng.randrange(len(text))
+            j = i + rng.choice([0, 1, 1, 3, 40])
+            text = text[:i] + rng.choice([*pieces, text[j:j + 30], ""]) + text[j:]
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        try:
+            series, _ = train_uea.read(path, need_labels=False)
+            assert np.isfinite(classifier.shares(series, path)).all()
+            good += 1
+        except train_uea.UserError as error:
+            assert str(error).count("\n") == 0 and "mutant.ts" in str(error)
+    assert 20 < good < 380                           # both ends were reached
 
+# ---------------------------------------------------------------------------- python train_lra.py
+QUICK = ["--quick", "--steps", 4, "--batch-size", 7, "--length", 48, "--dim", 16]
 
-# ------------------------------------------------------------------------------ python train_lra.py
+def lra(*argv):
+    """Call the script in this process: -> (exit status, standard output, standard error)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train_lra.main([str(a) for a in argv])
+    return status, out.getvalue(), err.getvalue()
+
+def options(*argv):
+    return train_lra.settings([str(a) for a in argv])
+
+def load(task, folder, length=1024):
+    return train_lra.load_task(options("--task", task, "--data-dir", folder, "--length", length))
+
+def texts(split):
+    """Document -> label, cut to the length."""
+    x, sizes, y = split
+    return {bytes(row[0, :size[0]].tolist()): int(label) for row, size, label in zip(x, sizes, y)}
+
+def rows_of(run):
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
+
+def tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+# ------------------------------------------------------------------------------------ ListOps
 
 def literal_tree(rng, depth=1):
-    """The official sampler as its paper tells it, node by node: -> nested tuple or digit, length."""
+    """The official sampler as its paper tells it: -> nested tuple or digit, length."""
     if depth == 10 or rng.random() > 0.25:
         return rng.randrange(10), 1
-    args, length = [], 2
-    for _ in range(rng.randint(2, 10)):
-        arg, n = literal_tree(rng, depth + 1)
-        args.append(arg)
-        length += n
-    return (("MIN", "MAX", "MED", "SM")[rng.randrange(4)], *args), length
-
+    children = [literal_tree(rng, depth + 1) for _ in range(rng.randint(2, 10))]
+    name = rng.choice(["MIN", "MAX", "MED", "SM"])
+    return (name, *(tree for tree, _ in children)), 2 + sum(size for _, size in children)
 
 def official_text(tree):
     """Nested pairs: each argument, then the closing bracket, is joined to what stands before it."""
@@ -843,466 +1252,398 @@ def official_text(tree):
         text = f"( {text} {part} )"
     return text
 
-
-def evaluate_tree(tree):
+def value_of(tree):
     if isinstance(tree, int):
         return tree
-    args = [evaluate_tree(arg) for arg in tree[1:]]
-    return {"MIN": min, "MAX": max, "MED": lambda v: int(np.median(v)), "SM": lambda v: sum(v) % 10}[tree[0]](args)
-
+    v = [value_of(argument) for argument in tree[1:]]
+    return dict(MIN=min(v), MAX=max(v), MED=int(np.median(v)), SM=sum(v) % 10)[tree[0]]
 
 def parse(text):
     """Tokens without parentheses -> nested tuple."""
     stack = [[]]
     for token in text.replace("(", "").replace(")", "").split():
-        if token.startswith("["):
-            stack.append([token[1:]])
-        elif token == "]":
+        if token == "]":
             done = tuple(stack.pop())
             stack[-1].append(done)
+        elif token.startswith("["):
+            stack.append([token[1:]])
         else:
             stack[-1].append(int(token))
-    (tree,), = stack
-    return tree
-
+    return stack[0][0]
 
 def nodes(tree, depth=1):
     yield tree, depth
-    if isinstance(tree, tuple):
-        for arg in tree[1:]:
-            yield from nodes(arg, depth + 1)
+    for argument in tree[1:] if isinstance(tree, tuple) else ():
+        yield from nodes(argument, depth + 1)
 
-
-def lines_of(seed, count, low, high):
-    return train_lra.draw_trees(np.random.default_rng(seed), count, low, high)
-
+def lines_of(count, **how):
+    lines = train_lra.listops_lines(**how)
+    return [next(lines) for _ in range(count)]
 
 def test_listops_targets_are_an_independent_evaluators_and_the_text_is_the_official_form():
-    found = lines_of(1, 300, 500, 2000)
-    assert len(found) > 50 and lines_of(1, 300, 500, 2000) == found
+    found = lines_of(60, seed=1)
+    assert found == lines_of(60, seed=1) != lines_of(60, seed=2) and len(set(found)) == 60
     for line in found:
         text, target = line.rstrip("\n").split("\t")
         tree = parse(text)
-        assert official_text(tree) == text and evaluate_tree(tree) == int(target)
+        assert official_text(tree) == text and value_of(tree) == int(target)
         assert 500 < len(text.replace("(", "").replace(")", "").split()) < 2000
         assert max(depth for _, depth in nodes(tree)) <= 10
 
-
 def test_listops_has_the_distribution_of_a_literal_sampler():
     rng, theirs = random.Random(2), []
-    while len(theirs) < 600:
+    while len(theirs) < 500:
         tree, length = literal_tree(rng)
         if 30 < length < 300:
             theirs.append(tree)
-    ours = [parse(line.split("\t")[0]) for line in lines_of(3, 5000, 30, 300)][:600]
-    assert len(ours) == 600
+    ours = [parse(line.split("\t")[0]) for line in lines_of(500, seed=3, low=30, high=300)]
 
     def measures(trees):
-        every = [[(t[0], len(t) - 1) if isinstance(t, tuple) else (t, 0) for t, _ in nodes(tree)] for tree in trees]
-        return dict(length=[sum(1 + (n > 0) for _, n in one) for one in every],
-                    depth=[max(d for _, d in nodes(tree)) for tree in trees],
-                    operators=[sum(n > 0 for _, n in one) for one in every],
-                    target=[evaluate_tree(tree) for tree in trees],
-                    arguments=[n for one in every for _, n in one if n][::7],        # thinned: one tree's
-                    kind=[str(k) for one in every for k, n in one if n][::7],        # nodes go together
-                    root=[tree[0] for tree in trees], digit=[k for one in every for k, n in one if not n][::7])
+        below = [t for tree in trees for t, _ in nodes(tree)][::7]   # nodes of a tree go together
+        return dict(length=[len([*nodes(t)]) // 25 for t in trees],
+                    depth=[max(depth for _, depth in nodes(t)) for t in trees],
+                    target=list(map(value_of, trees)), root=[t[0] for t in trees],
+                    arguments=[len(t) for t in below if isinstance(t, tuple)],
+                    name=[t[0] if isinstance(t, tuple) else str(t) for t in below])
     a, b = measures(theirs), measures(ours)
     for name in a:
-        if name in ("length", "operators"):
-            p = scipy.stats.ks_2samp(a[name], b[name]).pvalue
-        else:
-            values = sorted({*a[name], *b[name]})
-            table = np.array([[x[name].count(v) for v in values] for x in (a, b)])
-            p = scipy.stats.chi2_contingency(table[:, table.sum(0) > 5]).pvalue
-        assert p > 1e-3, (name, p)
+        values = sorted({*a[name], *b[name]})
+        table = np.array([[x[name].count(v) for v in values] for x in (a, b)])
+        assert scipy.stats.chi2_contingency(table[:, table.sum(0) > 5]).pvalue > 1e-3, name
 
+SHORT = dict(counts=dict(train=60, val=20, test=20), low=3, high=9)      # short: draws repeat
 
-def test_the_first_operator_alone_answers_a_third_of_listops():
-    rows = [(line.split("[")[1].split()[0], line[-2]) for line in lines_of(4, 8000, 500, 2000)]
-    train, test = rows[::2], rows[1::2]
-    count = lambda op: max("0123456789", key=lambda digit: train.count((op, digit)))
-    best = {op: count(op) for op, _ in train}
-    assert len(test) > 700 and best["MIN"] == "0" and best["MAX"] == "9"
-    assert 0.3 < np.mean([best[op] == target for op, target in test]) < 0.42
-
-
-def test_listops_files_have_exact_counts_share_no_sample_and_depend_on_the_seed_only(tmp_path):
-    how = dict(counts=dict(train=60, val=20, test=20), low=3, high=7)       # so short that draws repeat
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train_lra.generate_listops(tmp_path / name, seed=seed, **how)
-    read = lambda name: [(tmp_path / name / f"basic_{s}.tsv").read_text().splitlines() for s in train_lra.COUNTS]
-    splits = read("a")
-    assert [len(s) - 1 for s in splits] == [60, 20, 20] and all(s[0] == "Source\tTarget" for s in splits)
-    assert len({line for s in splits for line in s[1:]}) == 100
-    assert read("b") == splits != read("c")
-    assert train_lra.COUNTS == dict(train=96000, val=2000, test=2000)
-
-
-def test_two_generators_at_once_and_a_full_disk_leave_whole_files_or_none(tmp_path, monkeypatch):
-    how = dict(counts=dict(train=30, val=5, test=5), low=3, high=30)
-    threads = [threading.Thread(target=train_lra.generate_listops, args=(tmp_path / "l" / "x",), kwargs=how) for _ in "12"]
-    for step in (threading.Thread.start, threading.Thread.join):
-        for thread in threads:
-            step(thread)
-    assert os.listdir(tmp_path / "l") == ["x"]
-    assert len((tmp_path / "l" / "x" / "basic_train.tsv").read_text().splitlines()) == 31
-
-    def full_disk(**how):
-        yield "( ( ( [MIN 1 ) 2 ) ] )\t1\n"
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(train_lra, "listops_lines", full_disk)
-    one_line_error(lra("--task", "listops", "--data-dir", tmp_path / "d", "--out", tmp_path / "r"), "No space left")
-    assert os.listdir(tmp_path / "d" / "lra_release") == [] and not (tmp_path / "r").exists()
-
-
-def test_listops_tokens_come_back_from_the_official_files(tmp_path):
-    found = lines_of(4, 200, 500, 2000)
-    path = tmp_path / "basic_train.tsv"
-    words = [*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
-    for end in ("\n", "\r\n"):
-        path.write_bytes("".join(line.replace("\n", end) for line in ["Source\tTarget\n", *found]).encode())
-        split = train_lra.unpack(train_lra.pack(train_lra.read_listops(path), 2000), 2000)
-        assert len(split) == len(found) and split.y.tolist() == [int(l[-2]) for l in found]
-        x, keep, y = train_lra.batch(split, torch.arange(len(split)), torch.device("cpu"))
-        for row, real, line in zip(x, keep, found):
-            assert [words[i - 1] for i in row[real]] == line.split("\t")[0].replace("(", "").replace(")", "").split()
-    assert not x[~keep].any()
-    assert train_lra.unpack(train_lra.pack(train_lra.read_listops(path), 600), 600).size.max() == 600
-
-
-HEAD = "Source\tTarget\n"
-FINE = "( ( ( [MIN 1 ) 2 ) ] )\t1\n"
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "first line"), (FINE, "first line"), (HEAD, "no samples"), (HEAD + FINE + "( [MIX 2 ) ] )\t1\n", "line 3: unknown token '[MIX'"),
-    (HEAD + "( ( [MIN 12 ) ] )\t1\n", "line 2: unknown token '12'"), (HEAD + FINE + "1 2 x\t1\n", "'x'"),
-    (HEAD + FINE * 2 + "( [MIN 1 ) ] )\t12\n", "line 4"), (HEAD + "( [MIN 1 ) ] )\t-1\n", "'-1'"),
-    (HEAD + "( [MIN 1 ) ] )\n", "line 2"), (HEAD + FINE + "( [MIN 1", "line 3"), (HEAD + "\t1\n", "line 2"), (HEAD + FINE + "\n", "line 3")])
-def test_a_damaged_listops_file_names_the_line(tmp_path, text, words):
+def test_listops_files_are_all_there_or_none_share_no_sample_and_come_back_as_tokens(tmp_path):
     folder = tmp_path / "lra_release" / "listops-1000"
-    folder.mkdir(parents=True)
-    for split in train_lra.COUNTS:
-        (folder / f"basic_{split}.tsv").write_text(HEAD + FINE)
-    (folder / "basic_val.tsv").write_text(text)
-    one_line_error(lra("--task", "listops", "--data-dir", tmp_path, "--out", tmp_path / "r"), "basic_val.tsv", words)
+    with pytest.raises(KeyError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lra, "draw_tree", lambda *a: {}["the disk is full, in some way"])
+        train_lra.make_listops(folder, **SHORT)
+    assert os.listdir(folder.parent) == []
+    train_lra.make_listops(folder, **SHORT)
+    files = [(folder / f"basic_{part}.tsv").read_text().splitlines() for part in train_lra.COUNTS]
+    lines = [line for file in files for line in file[1:]]
+    assert [len(file) for file in files] == [61, 21, 21] and len(set(lines)) == 100
+    assert os.listdir(folder.parent) == ["listops-1000"]
+    (folder / "basic_val.tsv").write_bytes("\r\n".join(files[1]).encode())   # a Windows copy
+    for split, file in zip(load("listops", tmp_path), files):
+        for (x, sizes, y), line in zip(zip(*split), file[1:]):
+            words = [train_lra.WORDS[i - 1] for i in x[0, :sizes[0]].tolist()]
+            assert words == line.split("\t")[0].replace("(", "").replace(")", "").split()
+            assert y == int(line[-1]) and not x[0, sizes[0]:].any()
+    for damage, words in [("( [MIX 1 ) 2 ) ] )\t1", "[MIX"), ("( [MIN 1 ) ] )\t12", "12"),
+                          ("( [MIN 1 ) ] )\t-1", "-1"), ("( [MIN 1 ) ]", "not a tree"),
+                          ("", "not a tree"), ("1\t]", "not a tree")]:
+        (folder / "basic_test.tsv").write_text("\n".join([*files[2][:4], damage, files[2][5]]))
+        one_line_error(lra("--task", "listops", "--data-dir", tmp_path, "--out", tmp_path / "r"),
+                       "basic_test.tsv", "line 5", words)
+    (folder / "basic_test.tsv").write_text("Source\tTarget\n")
+    one_line_error(lra("--task", "listops", "--data-dir", tmp_path, "--out", tmp_path / "r"),
+                   "no samples", str(tmp_path))
     assert not (tmp_path / "r").exists()
 
+# ------------------------------------------------------------------------------- other readers
 
-def tar(path, files):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
+def test_text_reads_the_archive_without_a_macs_files_and_takes_dev_from_train(tmp_path, capsys):
+    review = {f"aclImdb/{part}/{name}/{i}_7.txt": f"{part} {name} {'great' * i}".encode()
+              for part in ("train", "test") for name in ("pos", "neg") for i in range(10)}
+    other = ("train/unsup/1_0.txt", "README", "train/urls_pos.txt", "train/pos/._1_7.txt")
+    tar(tmp_path / "aclImdb_v1.tar.gz", review | {f"aclImdb/{name}": b"x" for name in other})
+    train, dev, test = load("text", tmp_path, length=30)
+    assert "not the official archive" in capsys.readouterr().out
+    assert [len(split[0]) for split in (train, dev, test)] == [18, 2, 20]
+    for part, found in (("train", texts(train) | texts(dev)), ("test", texts(test))):
+        assert found == {text[:30]: int("/pos/" in name) for name, text in review.items()
+                         if f"/{part}/" in name}
+    path = tmp_path / "aclImdb_v1.tar.gz"
+    path.write_bytes(path.read_bytes()[:300])        # a broken download
+    result = lra("--task", "text", "--data-dir", tmp_path, "--out", tmp_path / "r")
+    one_line_error(result, "aclImdb_v1.tar.gz", "not a whole")
 
-
-def arguments(task, folder, **more):
-    return train_lra.options(["--task", task, "--data-dir", str(folder), *(f"--{k}={v}" for k, v in more.items())])[0]
-
-
-def load(task, folder, **more):
-    args = arguments(task, folder, **more)
-    return train_lra.load_task(args, train_lra.resolve(args))
-
-
-def test_text_reads_the_official_archive_and_keeps_dev_away_from_test(tmp_path):
-    review = {f"aclImdb/{s}/{c}/{i}_7.txt": f"{s} {c} {'great' * i}".encode() for s in ("train", "test") for c in ("pos", "neg") for i in range(10)}
-    files = review | {"aclImdb/train/unsup/1_0.txt": b"none", "aclImdb/README": b"x", "aclImdb/train/urls_pos.txt": b"x"}
-    path = tar(tmp_path / "aclImdb_v1.tar.gz", files)
-    for _ in range(2):                               # the second time from the cache
-        splits = load("text", tmp_path, length=30)
-        assert [len(s) for s in splits] == [18, 2, 20] and (tmp_path / "cache" / "aclImdb-train-30.npz").exists()
-        read = lambda s: [bytes(x[k].tolist()) for x, k in zip(*train_lra.batch(s, torch.arange(len(s)), torch.device("cpu"))[:2])]
-        texts = [dict(zip(read(s), s.y.tolist())) for s in splits]
-        assert {**texts[0], **texts[1]} == {t[:30]: int(b" pos " in t) for n, t in review.items() if "/train/" in n}
-        assert texts[2] == {t[:30]: int(b" pos " in t) for n, t in review.items() if "/test/" in n}
-        assert int((splits[2].full > 30).sum()) == sum(len(t) > 30 for n, t in review.items() if "/test/" in n)
-    path.write_bytes(path.read_bytes()[:300])        # a broken download, newer than the cache
-    one_line_error(lra("--task", "text", "--data-dir", tmp_path, "--out", tmp_path / "r"), "aclImdb_v1.tar.gz", "not a complete")
-
-
-def python_2(value):
-    """A pickle with its bytes as strings of Python 2, as in the official archive."""
-    data = bytearray(pickle.dumps(value, 3).replace(b"numpy._core", b"numpy.core").replace(b"\x80\x03", b"\x80\x02", 1))
-    for op, _, at in pickletools.genops(bytes(data)):
-        if op.name in ("BINBYTES", "SHORT_BINBYTES"):
-            data[at] = ord("T" if op.name == "BINBYTES" else "U")
-    return bytes(data)
-
-
-def cifar(batch, **changes):
-    """The six pickles of the official archive."""
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    pickles = {f"cifar-10-batches-py/{n}": python_2(batch(i)) for i, n in enumerate(names)}
-    return pickles | {"cifar-10-batches-py/batches.meta": b"junk"} | {f"cifar-10-batches-py/{n}": v for n, v in changes.items()}
-
-
-def test_image_reads_the_official_archive_as_grey_and_runs_no_code_from_it(tmp_path):
+def test_image_reads_grey_pixels_and_opens_pickles_of_the_official_archive_only(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3, 1024), dtype=np.uint8)
-    batch = lambda i: {b"data": rgb[i].reshape(4, 3072), b"labels": [i, 1, 2, 9], b"filenames": [b"a"] * 4}
-    tar(tmp_path / "cifar-10-python.tar.gz", cifar(batch))
-    train, dev, test = load("image", tmp_path)
-    assert (len(train), len(dev), len(test)) == (18, 2, 4) and test.y.tolist() == [5, 1, 2, 9]
-    x, keep, _ = train_lra.batch(test, torch.arange(4), torch.device("cpu"))
-    assert keep is None and np.abs(x.numpy() - np.einsum("ncp,c->np", rgb[5], [0.299, 0.587, 0.114])).max() <= 0.5 + 1e-9
-    assert sorted(torch.cat([train.y, dev.y]).tolist()) == sorted([*range(5), *[1, 2, 9] * 5])
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
+    files = [pickle.dumps({b"data": rgb[i].reshape(4, 3072), b"labels": [i, 1, 2, 9]}, 2)
+             for i in range(6)] + [b"junk"]
+    path = tar(tmp_path / "cifar-10-python.tar.gz",
+               {f"cifar-10-batches-py/{name}": data for name, data in zip(names, files)})
+    one_line_error(lra("--task", "image", "--data-dir", tmp_path, "--out", tmp_path / "r"),
+                   "cifar-10-python.tar.gz", "SHA-256")
+    with pytest.MonkeyPatch.context() as patch:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        patch.setitem(train_lra.ARCHIVES, path.name, ("", digest))
+        train, dev, test = load("image", tmp_path)
+    assert [len(split[0]) for split in (train, dev, test)] == [18, 2, 4]
+    assert test[2].tolist() == [5, 1, 2, 9]
+    assert sorted([*train[2].tolist(), *dev[2].tolist()]) == sorted([*range(5), *[1, 2, 9] * 5])
+    luma = np.einsum("ncp,c->np", rgb[5], [0.299, 0.587, 0.114])
+    assert np.abs(test[0][:, 0].numpy() - luma).max() <= 0.5 + 1e-9
+    x, y = test[0][:, 0].numpy(), test[2].numpy()
+    np.savez(tmp_path / "cifar10_gray.npz", train_x=x, train_y=y, test_x=x, test_y=y)
+    assert texts(load("image", tmp_path)[2]) == texts(test)
+    for damage in (dict(test_x=x[:2]), dict(test_y=y + 9)):
+        np.savez(tmp_path / "cifar10_gray.npz",
+                 **dict(train_x=x, train_y=y, test_x=x, test_y=y) | damage)
+        one_line_error(lra("--task", "image", "--data-dir", tmp_path, "--out", tmp_path / "r"))
+    (tmp_path / "cifar10_gray.npz").write_bytes(b"PK junk")
+    one_line_error(lra("--task", "image", "--data-dir", tmp_path, "--out", tmp_path / "r"),
+                   "cifar10_gray.npz: unreadable")
 
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-    for i, (data, words) in enumerate([(pickle.dumps(Evil(), 2), "asks for"), (b"junk", "data_batch_2"), (pickle.dumps({}), "data_batch_2")]):
-        (tmp_path / str(i)).mkdir()
-        tar(tmp_path / str(i) / "cifar-10-python.tar.gz", cifar(batch, data_batch_2=data))
-        one_line_error(lra("--task", "image", "--data-dir", tmp_path / str(i), "--out", tmp_path / "r"), "data_batch_2", words)
-    assert not (tmp_path / "owned").exists()
-    np.savez(tmp_path / "1" / "cifar10_gray.npz", train_x=x, train_y=test.y, test_x=x, test_y=test.y)     # a converted copy
-    assert [len(s) for s in load("image", tmp_path / "1")] == [3, 1, 4]
-
-
-def test_retrieval_reads_the_release_and_compares_two_documents_by_one_encoder(tmp_path):
+def test_retrieval_keeps_pythons_wrapper_and_compares_two_documents_by_one_encoder(tmp_path):
     folder = tmp_path / "lra_release" / "lra_release" / "tsv_data"
     folder.mkdir(parents=True)
-    for i, split in enumerate(("train", "eval", "test")):
-        (folder / f"new_aan_pairs.{split}.tsv").write_text("".join(f"{j % 2}.0\tP{j}\tQ{j}\tfirst {split} {j}\tsecond\n" for j in range(i + 3)))
+    for i, part in enumerate(("train", "eval", "test")):
+        (folder / f"new_aan_pairs.{part}.tsv").write_text("".join(
+            f"{j % 2}.0\tP{j}\tQ{j}\tb'first {part}'\tb'a\\n'\n" for j in range(i + 3)))
     splits = load("retrieval", tmp_path, length=9)
-    assert [len(s) for s in splits] == [3, 4, 5] and splits[1].y.tolist() == [0, 1, 0, 1]
-    x, keep, _ = train_lra.batch(splits[0], torch.tensor([2, 1]), torch.device("cpu"))
-    assert bytes(x[0, 0].tolist()) == b"first tra" and bytes(x[0, 1][keep[0, 1]].tolist()) == b"second"
-    setting = train_lra.resolve(arguments("retrieval", tmp_path, length=9))
-    model = train_lra.build("retrieval", setting, "agf").eval()
+    assert [len(split[0]) for split in splits] == [3, 4, 5] and splits[1][2].tolist() == [0, 1] * 2
+    x, keep, _ = train_lra.Split(*splits[0], torch.device("cpu")).batch(torch.tensor([2, 1]), 9)
+    assert bytes(x[0, 0].tolist()) == b"b'first t"
+    assert bytes(x[0, 1][keep[0, 1]].tolist()) == b"b'a\\n'"
+    model = train_lra.make_model(options("--task", "retrieval", "--length", 9)).eval()
     logits, ortho = model(x, keep)
-    encoder = copy.deepcopy(model)
-    one, two = (agf.AGFTransformer.forward(encoder, x[:, i], keep[:, i])[0] for i in (0, 1))
-    torch.testing.assert_close(logits, model.compare(torch.cat([one, two, one * two, one - two], 1)))
+    one, two = (agf.AGFTransformer.forward(model, x[:, i], keep[:, i])[0] for i in (0, 1))
+    both = torch.cat([one, two, one * two, one - two], 1)
+    torch.testing.assert_close(logits, model.compare(both))
     assert logits.shape == (2, 2) and ortho.shape == (2,)
     (folder / "new_aan_pairs.test.tsv").write_text("1.0\tP\tQ\tonly one\n")
-    one_line_error(lra("--task", "retrieval", "--data-dir", tmp_path, "--out", tmp_path / "r"), "new_aan_pairs.test.tsv, line 1")
+    one_line_error(lra("--task", "retrieval", "--data-dir", tmp_path, "--out", tmp_path / "r"),
+                   "new_aan_pairs.test.tsv", "line 1")
 
-
-def test_pathfinder_reads_the_release(tmp_path):
+def test_pathfinder_reads_32_x_32_images_only_and_sees_changed_metadata(tmp_path):
     from PIL import Image                            # comes with matplotlib
     folder = tmp_path / "lra_release" / "pathfinder32" / "curv_contour_length_14"
-    rng = np.random.default_rng(0)
     (folder / "metadata").mkdir(parents=True)
-    truth = {}
-    for i in range(2):
-        (folder / "imgs" / str(i)).mkdir(parents=True)
-        for j in range(10):
-            pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "imgs" / str(i) / f"sample_{j}.png")
-            truth[pixels.tobytes()] = j % 2
-        (folder / "metadata" / f"{i}.npy").write_text("".join(f"imgs/{i} sample_{j}.png {j} {j % 2} 1.8 6 2.0 5 1.5 14 1 1\n" for j in range(10)))
+    (folder / "imgs" / "0").mkdir(parents=True)
+    rng, truth, lines = np.random.default_rng(0), {}, []
+    for j in range(20):
+        pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "imgs" / "0" / f"sample_{j}.png")
+        truth[pixels.tobytes()] = j % 2
+        lines.append(f"imgs/0 sample_{j}.png {j} {j % 2} 1.8 6 2.0 5 1.5 14 1 1")
+    (folder / "metadata" / "0.npy").write_text("\n".join(lines))
     splits = load("pathfinder", tmp_path)
-    assert [len(s) for s in splits] == [16, 2, 2]
-    found = {bytes(row.tolist()): int(y) for s in splits for row, y in zip(train_lra.batch(s, torch.arange(len(s)), torch.device("cpu"))[0], s.y)}
-    assert found == truth
-    (folder / "metadata" / "1.npy").write_text("imgs/0 sample_99.png 0 1\n")
-    os.utime(folder / "metadata")
-    one_line_error(lra("--task", "pathfinder", "--data-dir", tmp_path, "--out", tmp_path / "r"), "sample_99.png")
+    assert [len(split[0]) for split in splits] == [16, 2, 2]
+    assert {**texts(splits[0]), **texts(splits[1]), **texts(splits[2])} == truth
+    (folder / "metadata" / "0.npy").write_text("\n".join(lines[:10]))
+    assert [len(split[0]) for split in load("pathfinder", tmp_path)] == [8, 1, 1]
+    Image.fromarray(np.zeros((64, 16), np.uint8)).save(folder / "imgs" / "0" / "sample_3.png")
+    for image in (3, 99):
+        (folder / "metadata" / "0.npy").write_text(f"{lines[0]}\nimgs/0 sample_{image}.png 0 1\n")
+        one_line_error(lra("--task", "pathfinder", "--data-dir", tmp_path, "--out", tmp_path / "r"),
+                       "0.npy, line 2", "32 x 32")
 
-
-def test_synthetic_pathfinder_is_two_dots_on_one_curve_or_two():
-    arrays, again = (train_lra.pack(train_lra.draw_images(0, 64), 1024) for _ in "12")
-    images = arrays["tokens"].reshape(64, 32, 32)
-    assert (again["tokens"] == arrays["tokens"]).all() and (arrays["full"] == 1024).all() and 16 < arrays["y"].sum() < 48
-    assert (images.reshape(64, -1) == 255).sum(1).min() >= 6 and 0.05 < (images > 60).mean() < 0.5
-
-
-@pytest.mark.parametrize("task, words", [
-    ("retrieval", ("lra_release.gz", "7.7 GB", "new_aan_pairs.train.tsv", "tar -xzf")),
-    ("pathfinder", ("lra_release.gz", "7.7 GB", "curv_contour_length_14", "tar -xzf")),
-    ("text", ("aclImdb_v1.tar.gz", "no route", "ai.stanford.edu", "web.archive.org")),
-    ("image", ("cifar-10-python.tar.gz", "no route", "www.cs.toronto.edu", "web.archive.org"))])
-def test_missing_data_says_what_to_put_where(tmp_path, monkeypatch, task, words):
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    one_line_error(lra("--task", task, "--data-dir", tmp_path / "d", "--out", tmp_path / "r"), str(tmp_path / "d"), *words)
+def test_missing_data_says_what_to_put_where_and_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
+    def run(task):
+        return lra("--task", task, "--data-dir", tmp_path / "d", "--out", tmp_path / "r")
+    page = tmp_path / "page"
+    page.write_bytes(b"an error page")
+    for name, (_, digest) in train_lra.ARCHIVES.items():
+        monkeypatch.setitem(train_lra.ARCHIVES, name, (page.as_uri(), digest))
+    for task, name in (("text", "aclImdb_v1.tar.gz"), ("image", "cifar-10-python.tar.gz")):
+        one_line_error(run(task), "invalid hash", page.as_uri(), "web.archive.org",
+                       str(tmp_path / "d" / name))
+    assert os.listdir(tmp_path / "d") == []
+    for task, name in (("retrieval", "new_aan_pairs.train.tsv"), ("pathfinder", "length_14")):
+        one_line_error(run(task), name, "lra_release.gz", "7.7 GB", "tar -xzf", str(tmp_path / "d"))
+    (tmp_path / "d" / "lra_release").write_bytes(b"the archive, unzipped")
+    for task in ("retrieval", "pathfinder", "listops"):
+        one_line_error(run(task), "is a file", "untar")
     assert not (tmp_path / "r").exists()
 
+# -------------------------------------------------------------------------------------- a run
 
-def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "page").write_bytes(b"an error page")
-    name, page = "aclImdb_v1.tar.gz", (tmp_path / "page").as_uri()
-    monkeypatch.setitem(train_lra.ARCHIVES, name, (page, train_lra.ARCHIVES[name][1]))
-    one_line_error(lra("--task", "text", "--data-dir", tmp_path / "d", "--out", tmp_path / "r"), name, "hash", "c40f74a18d3b61f9", page)
-    assert os.listdir(tmp_path / "d") == []
-
-
-def lra(*argv):
-    return uea(*argv, script=train_lra)
-
-
-QUICK = ["--quick", "--steps", 6, "--batch-size", 6, "--length", 64, "--dim", 16]
-
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):                   # a second a run; `quick` is made before, with
+    for name in ("draw_curves", "draw_filters"):
+        monkeypatch.setattr(train_uea, name, lambda *args: None)
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lra")
-    status, out, err = lra("--task", "listops", "--data-dir", folder, "--out", folder / "run", "--seeds", 2, *QUICK)
+    run = tmp_path_factory.mktemp("lra") / "run"
+    status, out, err = lra("--task", "listops", "--out", run, "--seeds", 2, *QUICK)
     assert status == 0 and out.count("means nothing") == 2, err
-    return folder
+    return run
 
+def test_a_quick_run_leaves_its_folder_and_the_test_accuracy_of_the_best_dev_model(quick):
+    assert sorted(os.listdir(quick)) == ["config.json", "curves.png", "filters.png",
+                                         "metrics.jsonl", "result.json", "seed-0.pt", "seed-1.pt"]
+    result, rows = result_of(quick), rows_of(quick)
+    assert {"task", "mixer", "preset", "protocol", "seeds", "test_accuracy_mean", "versions",
+            "test_accuracy_std", "test_accuracy_mixers_off", "train_seconds", "parameters",
+            "device", "command", "date", "tokens_per_second", "steps"} <= set(result)
+    assert [10 * row["seed"] + row["step"] for row in rows] == [1, 2, 3, 4, 11, 12, 13, 14]
+    for seed in (0, 1):
+        state = torch.load(quick / f"seed-{seed}.pt")
+        dev = [row["dev_accuracy"] for row in rows if row["seed"] == seed]
+        assert result["dev_accuracy"][seed] == max(dev)
+        assert result["best_step"][seed] == 1 + dev.index(max(dev)) == state["best_step"]
+        s = options("--task", "listops", *QUICK)
+        model, splits = train_lra.make_model(s), train_lra.load_task(s)
+        model.load_state_dict(state["best_model"])
+        for name, split in (("dev_accuracy", splits[1]), ("test_accuracy", splits[2])):
+            split = train_lra.Split(*split, torch.device("cpu"))     # one by one, by hand
+            hits = [model.eval()(*split.batch(torch.tensor([i]), 48)[:2])[0].argmax() == y
+                    for i, y in enumerate(split.y)]
+            assert np.mean(hits) == pytest.approx(result[name][seed])
 
-def test_a_quick_run_leaves_its_whole_folder_and_says_what_it_is_worth(quick):
-    run = quick / "run"
-    assert sorted(os.listdir(run)) == ["config.json", "curves.png", "filters.png", "metrics.jsonl", "model.pt", "result.json"]
-    result = json.loads((run / "result.json").read_text())
-    assert {"dataset", "task", "mixer", "preset", "protocol", "seeds", "epochs", "test_accuracy", "test_accuracy_mean", "test_accuracy_std",
-            "test_accuracy_mixers_off", "train_seconds", "parameters", "device", "versions", "command", "date",
-            "dev_accuracy", "tokens_per_second", "peak_memory_mb", "steps"} <= set(result)
-    assert result["task"] == "listops" and result["steps"] == 6 and "means nothing" in result["notes"][0]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["seed"], r["step"]) for r in rows] == [(s, i) for s in (0, 1) for i in range(1, 7)]
-    assert {"loss", "ortho", "lr", "dev_accuracy", "tokens_per_second", "peak_memory_mb"} <= set(rows[0])
-    assert result["dev_accuracy"] == [max(r["dev_accuracy"] for r in rows if r["seed"] == s) for s in (0, 1)]
-    assert result["best_step"][0] == next(r["step"] for r in rows if r["dev_accuracy"] == result["dev_accuracy"][0])
-    model, parts = train_lra.load_model(run)         # the accuracy again, by hand, from the saved model
-    args, _ = train_lra.options(["--task", "listops", "--quick", "--data-dir", str(quick), "--length", "64"])
-    test = train_lra.load_task(args, train_lra.resolve(args))[2]
-    hits = [(model(*[t[:1] for t in train_lra.batch(test, torch.tensor([i]), torch.device("cpu"), 64)[:2]])[0].argmax() == test.y[i]).item()
-            for i in range(len(test))]
-    assert np.mean(hits) == pytest.approx(result["test_accuracy"][0])
+@pytest.mark.parametrize("task, flags", [
+    ("text", ["--mixer", "softmax"]), ("retrieval", ["--mixer", "usv", "--micro-batch", 3]),
+    ("pathfinder", ["--mixer", "none"]), ("image", ["--mixer", "agf", "--preset", "laptop"])])
+def test_every_task_runs_from_end_to_end_in_bfloat16_too(tmp_path, monkeypatch, task, flags):
+    monkeypatch.setattr(train_lra, "BFLOAT16", ("cpu",))
+    half = []
+    monkeypatch.setattr(agf, "at_least_float32", lambda x: half.append(x.dtype) or x.float())
+    status, _, err = lra("--task", task, "--out", tmp_path / "r", *QUICK, "--steps", 2, *flags)
+    assert status == 0 and torch.bfloat16 in half, err
 
+def test_compile_is_given_one_shape(tmp_path, monkeypatch):
+    shapes = set()
 
-@pytest.mark.parametrize("task, flags", [("text", ["--mixer", "softmax"]), ("retrieval", ["--mixer", "usv"]), ("pathfinder", ["--mixer", "none"]),
-                                         ("image", ["--micro-batch", 4])])
-def test_the_other_tasks_run_end_to_end(tmp_path, task, flags):
-    status, out, err = lra("--task", task, "--data-dir", tmp_path, "--out", tmp_path / "r", *QUICK, "--steps", 2, *flags)
-    assert status == 0, err
-    assert ("not comparable" in out) == ("not comparable" in (tmp_path / "r" / "result.json").read_text()) == (task == "pathfinder")
+    def fake(net, **how):
+        return lambda *args: shapes.add(args[0].shape) or net(*args)
+    monkeypatch.setattr(torch, "compile", fake)
+    assert lra("--task", "text", "--out", tmp_path / "r", *QUICK, "--compile")[0] == 0
+    assert shapes - {(2,)} == {(7, 48)}              # (2,): the trial before the run
 
+def test_a_resumed_run_ends_at_the_same_numbers_after_a_full_disk(quick, tmp_path, monkeypatch):
+    command = ["--task", "listops", "--out", tmp_path / "r", "--seeds", 2, *QUICK]
+    real, seen = torch.save, []
 
-def test_a_resumed_lra_run_ends_at_the_same_numbers(quick, tmp_path, monkeypatch):
-    real, seen = agf.save, []
-
-    def save(path, **parts):                         # Ctrl-C in the middle of the second seed
-        real(path, **parts)
+    def full_disk(state, path):                      # in the middle of the second seed
         seen.append(path)
-        if len(seen) == 11:
-            train_uea.stop_asked.append(True)
-    monkeypatch.setattr(agf, "save", save)
-    monkeypatch.setattr(train_uea, "SAVE_EVERY", 0)
-    run = tmp_path / "r"
-    status, _, err = lra("--task", "listops", "--data-dir", quick, "--out", run, "--seeds", 2, *QUICK)
-    assert status == 130 and f"train_lra.py --resume {run}" in err and not (run / "result.json").exists()
+        if len(seen) == 7:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        real(state, path)
+    monkeypatch.setattr(torch, "save", full_disk)
+    one_line_error(lra(*command), "seed-1.pt", "disk full")
     monkeypatch.undo()
-    status, _, err = lra("--resume", run, "--data-dir", quick)
-    assert status == 0, err
-    one, two = (json.loads((r / "result.json").read_text()) for r in (quick / "run", run))
-    assert all(one[k] == two[k] for k in ("test_accuracy", "dev_accuracy", "best_step", "epochs"))
-    rows = [[{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "peak_memory_mb")}
-             for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (quick / "run", run)]
-    assert rows[0] == rows[1]
-    a, b = agf.load(quick / "run" / "model.pt")["model"], agf.load(run / "model.pt")["model"]
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert "finished" in lra("--resume", run)[1]
+    evaluate = agf.evaluate
+    monkeypatch.setattr(agf, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, _, err = lra("--resume", tmp_path / "r")
+    assert status == 130 and f"--resume {tmp_path / 'r'}" in err
+    monkeypatch.setattr(agf, "evaluate", evaluate)
+    assert not (tmp_path / "r" / "result.json").exists()
+    assert lra("--resume", tmp_path / "r")[0] == 0
+    assert rows_of(quick) == rows_of(tmp_path / "r")
+    for key in ("test_accuracy", "test_accuracy_mixers_off", "dev_accuracy", "best_step"):
+        assert result_of(quick)[key] == result_of(tmp_path / "r")[key]
+    a, b = (torch.load(run / "seed-1.pt")["model"] for run in (quick, tmp_path / "r"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "finished" in lra("--resume", tmp_path / "r")[1]
 
+def test_resume_refuses_other_options_changed_data_and_the_other_scripts_run(quick, tmp_path):
+    run = shutil.copytree(quick, tmp_path / "r")
+    (run / "result.json").unlink()
+    for flags, words in [(["--mixer", "softmax"], "--mixer"), (["--steps", 5], "--steps"),
+                         (["--task", "text"], "--task")]:
+        one_line_error(lra("--resume", run, *flags), words)
+    with pytest.MonkeyPatch.context() as patch:
+        toy = train_lra.draw_toy
+        patch.setattr(train_lra, "draw_toy", lambda s, seed, count: (
+            (9 - label, text) for label, text in toy(s, seed, count)))
+        one_line_error(lra("--resume", run), "data changed")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(script="train_uea.py")))
+    one_line_error(lra("--resume", run), "train_lra.py", str(run))
+    one_line_error(lra("--resume", tmp_path / "nowhere"), "nowhere")
+    one_line_error(lra("--task", "listops", "--out", quick, *QUICK), "already")
 
-def test_a_batch_that_does_not_fit_is_halved_and_said(quick, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved_and_said_with_the_same_losses(tmp_path, monkeypatch):
+    command = ["--task", "text", *QUICK, "--dropout", 0, "--out"]
+    assert lra(*command, tmp_path / "whole")[0] == 0
     real, sizes = agf.AGFTransformer.forward, []
 
     def forward(self, x, keep=None):
-        if self.training:
-            sizes.append(len(x))
-            if len(x) > 2:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(x))
+        if self.training and len(x) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return real(self, x, keep)
     monkeypatch.setattr(agf.AGFTransformer, "forward", forward)
-    status, out, err = lra("--task", "listops", "--data-dir", quick, "--out", tmp_path / "r", *QUICK, "--dropout", 0, "--seeds", 1)
-    assert status == 0 and "3 samples at once" in out + err and "2 samples at once" in out + err
-    assert sizes == [6, 3] + [2] * 18
-    monkeypatch.undo()
-    lra("--task", "listops", "--data-dir", quick, "--out", tmp_path / "whole", *QUICK, "--dropout", 0)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / r / "metrics.jsonl").read_text().splitlines()] for r in ("r", "whole")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    status, out, err = lra(*command, tmp_path / "r")
+    assert status == 0 and "4 samples at once" in out and "2 samples at once" in out, err
+    assert sizes[:6] == [7, 4, 2, 2, 2, 1] and 7 not in sizes[1:]
+    one, two = ([row["loss"] for row in rows_of(tmp_path / run)] for run in ("r", "whole"))
+    assert one == pytest.approx(two, rel=1e-5)
 
+# -------------------------------------------------------------------------- several processes
 
-# Runs train_lra.py, writes down the gradients of each step before they are clipped, kills a process.
-SPY = """
-import os, sys, torch, train_lra, agf
-seen, real = [], agf.nn.utils.clip_grad_norm_
-def spy(parameters, *rest):
-    parameters = list(parameters)
-    seen.append([p.grad.clone() for p in parameters])
-    torch.save(seen, f"{sys.argv[1]}-{train_lra.RANK}.pt")
-    if train_lra.RANK == 1 and len(seen) == 7:
-        os.kill(os.getpid(), 9)
-    return real(parameters, *rest)
-agf.nn.utils.clip_grad_norm_ = spy
-sys.exit(train_lra.main(sys.argv[2:]))
+TWO = """
+import os, sys, torch, train_lra
+torch.set_num_threads(1)
+rank, out, *ports = sys.argv[1:4 + 1]
+for port, mixer in zip(ports, ("agf", "none")):
+    os.environ |= dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port)
+    status = train_lra.main([*sys.argv[5:], "--out", f"{out}/{mixer}", "--mixer", mixer])
+    assert status == 0, status
 """
 
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in sockets]
 
-def test_two_processes_have_the_gradients_of_one_and_a_killed_one_ends_the_job(quick, tmp_path, monkeypatch):
-    """Batches of 7: processes of 4 and 3 samples, in parts of at most 3. Killed in the second seed."""
-    flags = ["--task", "listops", "--data-dir", quick, *QUICK, "--steps", 4, "--batch-size", 7, "--dropout", 0, "--seeds", 2]
-    (tmp_path / "spy.py").write_text(SPY)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "spy.py", tmp_path / "two"]
-    done = subprocess.run([str(c) for c in [*launcher, *flags, "--out", tmp_path / "two", "--micro-batch", 3]], capture_output=True, text=True,
-                          env=dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1"), timeout=200)
-    assert done.returncode != 0 and "process 0: another process was lost" in done.stderr and "--resume" in done.stderr, done.stderr
-    one, real = [], nn.utils.clip_grad_norm_
+def test_two_processes_end_where_one_does(tmp_path):
+    """Batches of 7: 4 and 3 samples, in parts of one, so the second process has an empty part."""
+    command = [str(a) for a in ["--task", "text", *QUICK, "--dropout", 0, "--micro-batch", 1]]
+    ports = free_ports(2)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+               env=dict(os.environ, PYTHONPATH=str(HERE)))
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path / "two"), *ports,
+                              *command], **how) for rank in (0, 1)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    for mixer in ("agf", "none"):
+        one, two = tmp_path / "one" / mixer, tmp_path / "two" / mixer
+        assert lra(*command, "--out", one, "--mixer", mixer)[0] == 0
+        for a, b in zip(rows_of(one), rows_of(two), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        a, b = (torch.load(run / "seed-0.pt")["model"] for run in (one, two))
+        assert all((a[name] - b[name]).abs().max() <= 1e-5 for name in a)
+        assert result_of(one)["test_accuracy"] == result_of(two)["test_accuracy"]
+        assert result_of(two)["processes"] == 2
 
-    def spy(parameters, *rest):
-        parameters = list(parameters)
-        one.append([p.grad.clone() for p in parameters])
-        return real(parameters, *rest)
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
-    assert lra(*flags, "--out", tmp_path / "one")[0] == 0
-    two, other = (torch.load(tmp_path / f"two-{rank}.pt") for rank in (0, 1))
-    assert len(one) == 8 and len(two) >= len(other) == 7
-    for step in (0, 4):                              # the first of each seed: equal weights, so equal gradients
-        for a, b, c in zip(one[step], two[step], other[step]):
-            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-9 and torch.equal(b, c)
-    status, _, err = lra("--resume", tmp_path / "two")
-    assert status == 0, err
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two")]
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+@pytest.mark.parametrize("given", [
+    dict(RANK="1"), dict(RANK=""), dict(WORLD_SIZE="2"), dict(RANK="one", WORLD_SIZE="2"),
+    dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1"), {}])
+def test_without_torchruns_variables_it_is_one_process_and_says_so(given, monkeypatch, capsys):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert train_lra.find_processes() == (0, 1, 0)
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(given) and all(name in err for name in given)
 
+# ------------------------------------------------------------------------------------ settings
 
 @pytest.mark.parametrize("flags, words", [
-    (["--task", "listop"], "listop"), ([], "which task"), (["--task", "text", "--synthetic"], "--synthetic"), (["--steps", 0], "--steps"),
-    (["--heads", 3], "heads must divide"), (["--a", -2, "--b", -1], "a=-2"), (["--lr", "nan"], "--lr"), (["--length", 0], "--length"),
-    (["--micro-batch", 0], "--micro-batch"), (["--seeds", 0], "--seeds"), (["--device", "warp"], "warp"), (["--dropout", 2], "dropout"),
-    (["--out", "/dev/null/run"], "/dev/null/run"), (["--resume", "nowhere"], "nowhere"), (["--mixer", "agff"], "agff")])
-def test_a_mistaken_option_of_train_lra_gets_one_clear_line(quick, tmp_path, flags, words):
-    task = [] if words == "which task" or "--resume" in flags else ["--task", "listops", *QUICK]
-    one_line_error(lra(*task, "--data-dir", quick, "--out", tmp_path / "r", *flags), words)
+    (["--task", "listop"], "listop"), ([], "which task"), (["--steps", 0], "--steps"),
+    (["--heads", 3], "heads must divide"), (["--lr", "nan"], "--lr"), (["--length", 0], "--length"),
+    (["--warmup", 2], "--warmup"), (["--device", "warp"], "warp"), (["--mixer", "agff"], "agff")])
+def test_a_mistaken_option_of_train_lra_gets_one_clear_line(tmp_path, flags, words):
+    task = [] if words == "which task" else ["--task", "listops", *QUICK]
+    one_line_error(lra(*task, "--out", tmp_path / "r", *flags), words)
     assert not (tmp_path / "r").exists()
 
-
-def test_the_lra_settings_and_schedule_are_the_published_ones():
-    setting = {task: train_lra.resolve(arguments(task, "data")) for task in train_lra.TASKS}
-    assert [setting[t]["length"] for t in train_lra.TASKS] == [2000, 1024, 4000, 1024, 1024]
-    assert [(s["order"], s["a"], s["b"], s["gamma"]) for s in setting.values()] == [
-        (5, 2, -1, 1e-2), (5, 2, -2, 1e-2), (5, 2, -1.5, 1e-4), (6, 1.5, 2, 0.1), (4, 1.5, -1, 1e-4)]
-    assert [(s["steps"], s["warmup"], s["batch_size"]) for s in setting.values()] == [
-        (5000, 1000, 32), (20000, 8000, 32), (30000, 800, 32), (35000, 175, 256), (62400, 312, 256)]
-    for task, s in setting.items():
-        model = train_lra.build(task, s, "agf")
-        assert model.config.dim == 64 and model.config.heads == 2 and model.config.identity and s["lr"] == 1e-4
-        mine, optimizer = train_lra.schedule(s), torch.optim.SGD(model.parameters(), lr=1)
-        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, s["lr"], s["steps"] + 1, pct_start=(s["warmup"] + 1) / (s["steps"] + 1),
-                                                     anneal_strategy="linear", cycle_momentum=False)
-        for step in range(200):
-            assert theirs.get_last_lr()[0] == pytest.approx(mine(step), rel=0.02)
-            optimizer.step()
-            theirs.step()
-
-
-def test_the_python_examples_of_the_readme_run_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                                     # they write runs/
-    monkeypatch.setattr(agf, "MIXERS", dict(agf.MIXERS))
-    text = (Path(__file__).parent / "README.md").read_text()
-    examples = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(examples) >= 2
-    for example in examples:
-        exec(example, names := {})
-    assert len(json.loads((tmp_path / "runs/linear/result.json").read_text())["test_accuracy"]) == 1
-    mixer, x = names["LinearAttention"](8, 2), torch.randn(1, 6, 8)
-    junk = torch.full((1, 3, 8), math.nan)
-    keep = torch.arange(9)[None] < 6
-    torch.testing.assert_close(mixer(torch.cat([x, junk], 1), keep)[0][:, :6], mixer(x)[0])
+def test_the_lra_settings_and_schedule_are_the_published_ones(tmp_path):
+    found = {task: options("--task", task) for task in train_lra.TASKS}
+    names = ("length", "batch_size", "steps", "order", "a", "b", "gamma")
+    assert {task: tuple(getattr(s, name) for name in names) for task, s in found.items()} == dict(
+        listops=(2000, 32, 5000, 5, 2, -1, 1e-2), text=(1024, 32, 20000, 5, 2, -2, 1e-2),
+        retrieval=(4000, 32, 30000, 5, 2, -1.5, 1e-4), image=(1024, 256, 35000, 6, 1.5, 2, 0.1),
+        pathfinder=(1024, 256, 62400, 4, 1.5, -1, 1e-4))
+    assert [round(s.warmup * s.steps) for s in found.values()] == [1000, 8000, 800, 175, 312]
+    for task, s in found.items():
+        config = train_lra.make_model(s).config
+        widths = config.dim, config.depth, config.heads, config.hidden, config.head
+        assert widths == (64, 2, 2, 128, 128)
+        assert config.identity and config.norm == "pre" and config.pool == "mean" and s.lr == 1e-4
+    assert lra("--task", "image", "--out", tmp_path / "r", *QUICK, "--steps", 20)[0] == 0
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, 21, pct_start=0.1 / 21 + 1 / 21,
+                                                 anneal_strategy="linear", cycle_momentum=False)
+    for row in rows_of(tmp_path / "r")[1:]:
+        optimizer.step()
+        theirs.step()
+        assert row["lr"] == pytest.approx(theirs.get_last_lr()[0], rel=0.01)
