@@ -6,6 +6,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -626,6 +627,36 @@ def test_agf_py_alone_in_an_empty_folder_trains_a_step(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "trained" in done.stdout, done.stderr
+
+# -------------------------------------------------------------------------- README and notebooks
+
+def test_the_python_examples_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    names = dict(X=np.random.rand(9, 2, 20), y=["a", "b", "c"] * 3, X_new=np.random.rand(4, 2, 30))
+    for block in blocks:                                     # as printed, but for a short training
+        exec(block.replace("AGFClassifier()", "AGFClassifier(epochs=1)"), names)
+    assert len(blocks) == 2 and names["shares"].shape == (4, 3) and set(names["labels"]) <= set("abc")
+    assert names["out"].shape == (8, 100, 64) and names["logits"].shape == (8, 9)
+
+def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
+    """The function of notebook 10, forward and backward."""
+    notebook = json.loads((HERE / "notebooks" / "10_a_billion_tokens.ipynb").read_text("utf-8"))
+    parts = ["".join(cell["source"]) for cell in notebook["cells"]]
+    parts = [part.split("\n", 1)[1] for part in parts if part.startswith("%%module")]
+    (tmp_path / "in_pieces.py").write_text("\n\n".join(parts), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    in_pieces = importlib.import_module("in_pieces")
+    torch.multiprocessing.spawn(in_pieces.worker, (2, tmp_path, [37]), nprocs=2)
+    ranks = [torch.load(tmp_path / f"result_2_{rank}.pt")[37] for rank in range(2)]
+    mixer, x, weight = in_pieces.problem(37)                 # parts of 19 and 18 tokens
+    out, _ = mixer(x.requires_grad_())
+    (out * weight).sum().backward()
+    torch.testing.assert_close(torch.cat([r["out"] for r in ranks], 1), out)
+    torch.testing.assert_close(torch.cat([r["grad"] for r in ranks], 1), x.grad)
+    for name, p in mixer.named_parameters():
+        torch.testing.assert_close(ranks[0]["parameters"][name], p.grad, atol=1e-10, rtol=1e-7)
 
 # ---------------------------------------------------------------- python train_uea.py, AGFClassifier
 
