@@ -634,7 +634,8 @@ def test_the_python_examples_of_the_readme_run_as_printed(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     text = (HERE / "README.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    names = dict(X=np.random.rand(9, 2, 20), y=["a", "b", "c"] * 3, X_new=np.random.rand(4, 2, 30))
+    names = dict(X=np.random.rand(9, 2, 20), X_new=np.random.rand(4, 2, 30))
+    names["y"] = np.array(["a", "b", "c"] * 3)
     for block in blocks:                                     # as printed, but for a short training
         exec(block.replace("AGFClassifier()", "AGFClassifier(epochs=1)"), names)
     assert len(blocks) == 2 and names["shares"].shape == (4, 3) and set(names["labels"]) <= set("abc")
