@@ -228,7 +228,7 @@ class AGFAttention(nn.Module):
     def forward(self, x, keep=None):
         U, s, V, value = self.factors(x, keep)
         left = U if s is None else U * self.filter(s)        # (B, h, n, d)
-        small = (value.mT @ V.to(value.dtype)).mT            # V^T value, (B, h, d, d): linear in n
+        small = (value.mT @ V.to(value.dtype)).mT    # V^T value, (B, h, d, d), in the faster order
         out = (left.to(value.dtype) @ small).transpose(1, 2).flatten(2)     # (B, n, D)
         return hide_padding(self.out_proj(out), keep), orthogonality_loss(U, V)
 
