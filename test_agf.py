@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 
