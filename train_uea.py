@@ -16,11 +16,10 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections import namedtuple
-from datetime import datetime
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,11 +31,13 @@ from tqdm import tqdm
 
 import agf
 
-try:
-    import pandas                     # which aeon brings
+try:                                  # train_lra.py does without aeon, and pandas comes with it
+    import aeon
+    import pandas
     from aeon.classification import BaseClassifier
-except ImportError:                   # train_lra.py does without aeon
-    BaseClassifier = object
+    SHIPPED = Path(aeon.__file__).parent / "datasets" / "data"
+except ImportError:
+    BaseClassifier, SHIPPED = object, Path()
 
 # Each option is declared once, in one of these tables. default: or its type, where there is none;
 # limits: the lowest and highest number, or the words to choose from.
@@ -95,6 +96,17 @@ EXCEPTIONS = {"PEMS-SF": dict(epochs=400), "SpokenArabicDigits": dict(optimizer=
 class UserError(ValueError):
     """A mistake that the user can mend: told in one line, exit status 2."""
 
+@contextmanager
+def told(text, kinds=Exception):
+    """An error inside is the user's to mend: it becomes one line, `text` and the reason."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{text} ({first_line(error)})") from None
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -117,9 +129,9 @@ def check(table, values):
     for name, value in values.items():
         limits = table[name].limits
         if limits and isinstance(value, str) and value not in limits:
-            raise UserError(f"--{name} {value}: not one of {', '.join(limits)}")
+            raise UserError(f"{name} {value}: not one of {', '.join(limits)}")
         if limits and isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
-            raise UserError(f"--{name} {value}: not from {limits[0]} to {limits[1]}")
+            raise UserError(f"{name} {value}: not from {limits[0]} to {limits[1]}")
 
 def settle(table, preset, given):
     """All settings of a run: the defaults, over them a preset, over both what the user gave."""
@@ -130,17 +142,15 @@ def settle(table, preset, given):
 def resumed(script, table, given):
     """The settings of the run that --resume names. What is given beside it must be the same."""
     run = given["resume"]
-    try:
+    with told(f"--resume {run}: no run of this version of {script} there"):
         config = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
         old = config["settings"] | dict(resume=run, out=run)
-        check(table, old)
         if config["script"] != script or old.keys() != table.keys():
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"--resume {run}: no run of this version of {script} there") from None
+            raise ValueError("other options")
+        check(table, old)
     for name, value in given.items():
         if name not in ("device", "data_dir") and value != old[name]:
-            raise UserError(f"--resume keeps the run's --{name} {old[name]}: leave it out")
+            raise UserError(f"--resume keeps the run's {name} {old[name]}: leave it out")
     return SimpleNamespace(**old | given, data=config.get("data"))
 
 def guard(script, work, argv):
@@ -157,27 +167,23 @@ def guard(script, work, argv):
         print("stopped", file=sys.stderr)
         return 130
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:400]
-
 # --------------------------------------------------------------------------- a run and its folder
 
 def open_run(script, s, name, data):
     """-> a new run folder with its config.json, or the one to resume. data: its fingerprint()."""
     if s.resume and s.data != data:
         raise UserError(f"--resume {s.resume}: the data changed since this run began")
-    now = datetime.now()
-    out = Path(s.out or f"runs/{name}-{now:%Y%m%d-%H%M%S-%f}")
-    if not s.resume:
-        try:
-            out.mkdir(parents=True)   # of two runs at once, only one can make it
-        except FileExistsError:
-            raise UserError(f"{out} is there already: another --out, or --resume {out}") from None
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-        save(out / "config.json", json.dumps(dict(
-            script=script, command=shlex.join(["python", *sys.argv]), date=f"{now:%Y-%m-%d}",
-            versions=versions, data=data, settings=vars(s)), indent=2))
-    print(f"run folder {out} (after a stop, --resume {out} goes on)", flush=True)
+    if s.resume:
+        return Path(s.resume)
+    date, nanoseconds = time.strftime("%Y%m%d-%H%M%S"), time.time_ns() % 10**9
+    out = Path(s.out or f"runs/{name}-{date}-{nanoseconds:09d}")
+    with told(f"{out} is there already: another --out, or --resume {out}", FileExistsError):
+        out.mkdir(parents=True)       # of two runs at once, only one can make it
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    save(out / "config.json", json.dumps(dict(
+        script=script, command=" ".join(["python", *sys.argv]), date=date,
+        versions=versions, data=data, settings=vars(s)), indent=2))
+    print(f"run folder {out}; should it stop, --resume {out} goes on", flush=True)
     return out
 
 def fingerprint(*parts):
@@ -189,41 +195,31 @@ def fingerprint(*parts):
 
 def save(path, content):
     """A text or a checkpoint. The whole file or none: a crash leaves the old one."""
-    try:
+    part = Path(f"{path}.part")
+    with told(f"cannot write {path}: disk full, folder gone?"):
         if isinstance(content, str):
-            Path(f"{path}.part").write_text(content, encoding="utf-8")
+            part.write_text(content, encoding="utf-8")
         else:
-            torch.save(content, f"{path}.part")
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:         # torch's own for a full disk: RuntimeError
-        raise UserError(f"cannot write {path}: disk full, folder gone? ({error})") from None
+            torch.save(content, part)
+        os.replace(part, path)
 
 def load(path):
     """weights_only: a file from a stranger brings numbers, never code."""
-    try:
+    with told(f"{path}: not a readable checkpoint"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:                       # a damaged file fails in many ways
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
 def pick_device(name, compile=False):
-    """-> (torch.device, the reason for it), tried out; torch.compile too: it needs a compiler."""
-    try:
+    """-> (torch.device with its number, the reason for it), both tried out, and torch.compile."""
+    with told(f"--device {name}{' --compile' if compile else ''}: not usable here"):
         device, reason = agf.choose_device(name)
         probe = torch.compile(torch.nn.Softsign()) if compile else torch.nn.Softsign()
-        return probe(torch.zeros(2, device=device)).device, reason        # now with its number
-    except Exception as error:
-        asked = f"--device {name}{' --compile' if compile else ''}"
-        raise UserError(f"{asked}: not usable here ({first_line(error)})") from None
+        return probe(torch.zeros(1, device=device)).device, reason
 
 def build(make, **settings):
     """make(AGFConfig) from the settings that are its fields. What cannot be built is one line."""
     names = {field.name for field in dataclasses.fields(agf.AGFConfig)}
-    try:
+    with told("this model cannot be built", (ValueError, RuntimeError)):  # or memory is too small
         return make(agf.AGFConfig(**{k: v for k, v in settings.items() if k in names}))
-    except (ValueError, RuntimeError) as error:      # RuntimeError: more than the memory holds
-        raise UserError(first_line(error)) from None
 
 def without_mixers(model):
     """A copy whose mixers output zero: how much of the accuracy is theirs?"""
@@ -259,93 +255,90 @@ def draw(out, histories, model, title):
         ax.set(xlabel="step", ylabel=name, ylim=(0, None))
     figure.suptitle(title)
     figure.savefig(out / "curves.png", dpi=120)
-    mixers = [block.mixer for block in model.cpu().blocks if getattr(block.mixer, "filter", None)]
-    figure, s = Figure(layout="constrained"), torch.linspace(0, 1, 201)
-    ax = figure.subplots()
-    for i, mixer in enumerate(mixers, start=1):
-        ax.plot(s, mixer.filter(s).detach(), label=f"layer {i}")
-    ax.set(xlabel="singular value s", ylabel="p(s)")
-    ax.legend()
-    if mixers:
+    filters = [block.mixer.filter for block in model.cpu().blocks
+               if getattr(block.mixer, "filter", None)]
+    if filters:
+        figure, s = Figure(layout="constrained"), torch.linspace(0, 1, 201)
+        ax = figure.subplots()
+        for number, p in enumerate(filters, start=1):
+            ax.plot(s, p(s).detach(), label=f"layer {number}")
+        ax.set(xlabel="singular value s", ylabel="p(s)")
+        ax.legend()
         figure.savefig(out / "filters.png", dpi=120)
 
 # ---------------------------------------------------------------------------------------- data
-
-def shipped():
-    import aeon
-    return Path(aeon.__file__).parent / "datasets" / "data"
 
 def find(name, data_dir, fetch=True):
     """-> NAME_TRAIN.ts and NAME_TEST.ts: yours, or what aeon ships, or what it downloads."""
     from aeon.datasets import load_classification
     from aeon.datasets.tsc_datasets import tsc_zenodo
     home = Path(data_dir, name)
-    for folder in (home, Path(data_dir), shipped() / name):
+    for folder in (home, Path(data_dir), SHIPPED / name):
         files = [folder / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
         if all(file.is_file() for file in files):
             return files
     if home.exists():
-        raise UserError(f"{home} is there without {name}_TRAIN.ts and {name}_TEST.ts: only these "
-                        f"are read. Add them, or remove it to download the set")
+        raise UserError(f"{home} is there without {name}_TRAIN.ts and {name}_TEST.ts: add them "
+                        f"(only .ts files are read), or remove it to download the set")
     if name not in tsc_zenodo or not fetch:
         near = difflib.get_close_matches(name, tsc_zenodo, 3, 0.5)
         raise UserError(f"unknown data set {name!r}; {' or '.join([*near, '--list'])}?")
     print(f"downloading {name} with aeon, which shows no progress (a few sets have hundreds of MB)")
-    try:
+    with told(f"could not download {name}: by hand, unpack https://timeseriesclassification.com/"
+              f"aeon-toolkit/{name}.zip into {home}"):
         load_classification(name, split="train", extract_path=str(data_dir))
-    except Exception as error:        # no network, a damaged archive, a full disk
-        raise UserError(f"could not download {name} ({first_line(error)}). By hand: unpack https://"
-                        f"timeseriesclassification.com/aeon-toolkit/{name}.zip in {home}") from None
     return find(name, data_dir, fetch=False)
 
-def read(path, need_labels=True, header_only=False):
-    """A .ts file -> list of float64 arrays (channels, time), list of labels or None.
-    aeon's reader lower-cases labels and takes the last channel for a label where none is."""
-    series, labels, classes, channels = [], [], None, ""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line in file:             # the header
-            key, *words = line.split() or [""]
-            key, value = key.lower(), " ".join(words).lower()
-            if key.startswith(("@timestamp", "@targetlabel")) and value != "false":
-                raise UserError(f"{path}: {key} {value}: timestamps and regression are not read")
-            if key.startswith("@dimension"):
-                channels = value
-            if key == "@classlabel" and value.startswith("true"):
-                classes = words[1:]
-            if key == "@data":
-                break
-        else:
-            raise UserError(f"{path}: empty, or not a .ts file: it has no line @data")
-        if need_labels and not classes:
+def read_header(file, path, need_labels=True):
+    """The lines down to @data -> (number of channels as a text, or ""; names of the classes)."""
+    channels, classes = "", []
+    while line := file.readline(10**6):              # no line of a header is longer
+        key, *words = line.split() or [""]
+        key, value = key.lower(), " ".join(words).lower()
+        if key.startswith(("@timestamp", "@targetlabel")) and value != "false":
+            raise UserError(f"{path}: {key} {value}: timestamps and regression are not read")
+        if key.startswith("@dimension"):
+            channels = value
+        if key == "@classlabel" and value.startswith("true"):
+            classes = words[1:]
+        if key == "@data" and need_labels and not classes:
             raise UserError(f"{path}: the labels are missing (no '@classLabel true ...')")
-        for line in [] if header_only else file:
+        if key == "@data":
+            return channels, classes
+    raise UserError(f"{path}: empty, or not a .ts file: it has no line @data")
+
+def read(path, need_labels=True):
+    """A .ts file -> list of float64 arrays (channels, time), list of labels or None. Not with
+    aeon's reader: it lower-cases labels, or takes the last channel for a label where none is."""
+    series, labels = [], []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        channels, classes = read_header(file, path, need_labels)
+        for line in file:
             fields = line.strip().split(":")
             if fields == [""] or line.startswith("#"):
                 continue
-            labels.append(fields.pop() if classes else None)
+            label = fields.pop() if classes else None
             channels = channels or str(len(fields))
-            try:
+            with told(f"{path}: series {len(series) + 1}", ValueError):
+                if str(len(fields)) != channels or classes and label not in classes:
+                    raise ValueError(f"{len(fields)} channels, label {label!r}: not {channels} "
+                                     f"channels and one of the labels {', '.join(classes)}")
                 rows = [field.replace("?", "nan").split(",") for field in fields]
                 series.append(np.array(rows, dtype=np.float64))
-                fine = str(len(rows)) == channels and (not classes or labels[-1] in classes)
-                fine = fine and rows and not (abs(series[-1]) > torch.finfo().max).any()
-            except ValueError:        # no numbers, or not as many in each channel
-                fine = False
-            if not fine:
-                raise UserError(f"{path}: series {len(labels)} is not {channels} channels of equally "
-                                f"many float32 numbers{' and a label' if classes else ''}: "
-                                f"{line.strip()[:99]}; labels are {classes}")
-    if not series and not header_only:
+                if (abs(series[-1]) > np.finfo(np.float32).max).any():
+                    raise ValueError("a value is infinite, or too large for float32")
+            labels.append(label)
+    if not series:
         raise UserError(f"{path}: holds no series")
     return series, labels
 
 def read_both(name, data_dir):
     """-> (X, y) of the train split, (X, y) of the test split, as read."""
     train, test = map(read, find(name, data_dir))
-    if len(set(train[1])) < 2:
-        raise UserError(f"{name}_TRAIN.ts: all series have the same label")
-    if unknown := set(test[1]) - set(train[1]):
-        raise UserError(f"{name}_TEST.ts: no train series has the label {min(unknown)!r}")
+    known, asked = set(train[1]), set(test[1])
+    if len(known) < 2 or asked - known:
+        raise UserError(f"{name}_TRAIN.ts needs two labels or more, and those of the test split: "
+                        f"it has {sorted(known)}, the test split {sorted(asked)}")
     return train, test
 
 def filled(x):
@@ -371,12 +364,10 @@ def encode(X, data, source, y=()):
     for i, x in enumerate(X, start=1):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
-        x = (filled(x[:, :data["length"]]) - mean) / std
+        x = (filled(x[:, :data["length"]]) - mean) / std           # a longer one is cut
         if (abs(x) > 1e9).any():      # the model squares it, in float32
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
         series.append(torch.tensor(np.nan_to_num(x.T), dtype=torch.float32))
-    if cut := sum(x.shape[1] > data["length"] for x in X):
-        print(f"{source}: {cut} series cut to the longest of the train split", file=sys.stderr)
     sizes = torch.tensor([len(x) for x in series])
     return (pad_sequence(series, batch_first=True), torch.arange(max(sizes)) < sizes[:, None],
             torch.tensor([data["classes"].index(label) for label in y]))
@@ -529,16 +520,14 @@ class AGFClassifier(BaseClassifier):
     @classmethod
     def load(cls, run, device=D.device):
         """A run folder (its first seed), or one of its .pt files -> a fitted classifier."""
-        files = sorted(Path(run).glob("seed-*.pt"), key=lambda file: int(file.stem[5:]))
+        files = sorted(Path(run).glob("seed-*.pt"), key=lambda file: (len(file.name), file.name))
         path = files[0] if files else Path(run)
         state = load(path)
-        try:
+        with told(f"{path}: not a checkpoint that this train_uea.py can use"):
             found = cls(**state["recipe"], random_state=state["seed"], device=device)
             found.data_, found.classes_ = state["data"], np.array(state["data"]["classes"])
             found.model_ = make_model(state["recipe"], state["data"])
             found.model_.load_state_dict(state["model"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: not usable by this train_uea.py ({first_line(error)})") from None
         found.model_.to(pick_device(device)[0])
         found.n_classes_, found.is_fitted = len(found.classes_), True
         return found
@@ -551,32 +540,29 @@ class AGFClassifier(BaseClassifier):
 
 def published(name):
     """The paper's setting of a set."""
-    if name not in PAPER_SETS:
-        raise UserError(f"--preset paper has no setting for {name}, only {', '.join(PAPER_SETS)}")
-    names = ("basis", "order", "a", "b", "gamma", "identity")
-    return PAPER | dict(zip(names, PAPER_SETS[name])) | EXCEPTIONS.get(name, {})
+    with told(f"--preset paper is for {', '.join(PAPER_SETS)}", KeyError):
+        row = zip(("basis", "order", "a", "b", "gamma", "identity"), PAPER_SETS[name])
+    return PAPER | dict(row) | EXCEPTIONS.get(name, {})
 
 def predict(path, run, device):
     """CSV: number, label and probabilities of each series."""
     classifier = AGFClassifier.load(run, device)
-    series, _ = read(path, need_labels=False)
-    shares = pandas.DataFrame(classifier._predict_proba(series, path))
-    shares.columns, shares.index = classifier.classes_, shares.index + 1
-    table = shares.add_prefix("p(").add_suffix(")")
-    table.insert(0, "label", shares.idxmax(axis=1))
-    print(table.to_csv(index_label="series", float_format="%.6f"), end="")
+    shares = classifier._predict_proba(read(path, need_labels=False)[0], path)
+    table = pandas.DataFrame(shares, columns=[f"p({name})" for name in classifier.classes_])
+    table.insert(0, "series", table.index + 1)
+    table.insert(1, "label", classifier.classes_[shares.argmax(1)])
+    print(table.to_csv(index=False, float_format="%.6f"), end="")
 
 def list_sets(data_dir):
     """The sets that --dataset takes without a download."""
     print("usable now, without a download:")
-    entries = [*Path(data_dir).glob("*"), *shipped().glob("*")]
+    entries = [*Path(data_dir).glob("*"), *SHIPPED.glob("*")]
     for name in sorted({entry.name.removesuffix("_TRAIN.ts") for entry in entries}):
-        try:
-            for file in find(name, data_dir, fetch=False):
-                read(file, header_only=True)
-            print(f"  {name:28s} {file.parent}")
-        except (UserError, OSError):
-            continue
+        with suppress(UserError, OSError):
+            for path in find(name, data_dir, fetch=False):
+                with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+                    read_header(file, path)
+            print(f"  {name:28s} {path.parent}")
     print("the ten of the paper, for --preset paper:", *PAPER_SETS, sep="\n  ")
 
 def run(s):
@@ -591,37 +577,31 @@ def run(s):
                  parameters=sum(p.numel() for p in model.parameters()), device=f"{device} ({reason})")
     print(facts)
     out = open_run("train_uea.py", s, s.dataset, fingerprint(*X, y, *test_X, test_y))
-    models, states = [], []
+    states, shares = [], 0
     for seed in range(s.seed, s.seed + s.seeds):
         one = AGFClassifier(**recipe, random_state=seed, device=s.device, compile=s.compile,
                             save_to=str(out / f"seed-{seed}.pt"))
         one.watch = test if s.protocol == "paper" else None
         one.fit(X, np.array(y))
+        shares = shares + one._predict_proba(test_X)
         result = dict(seed=seed, epochs=len(one.history_), train_seconds=round(one.seconds_, 2),
                       test_accuracy=accuracy(one.model_, test, device),
                       test_accuracy_mixers_off=accuracy(without_mixers(one.model_), test, device))
         if s.protocol == "paper":
             result["best_test_accuracy"] = max(row["test_accuracy"] for row in one.history_)
+            facts["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
         print(result, flush=True)
-        models.append(one.model_)
         states.append(dict(history=one.history_, result=result))
     if s.seeds > 1:
-        shares = sum(agf.evaluate(model, batches(*test[:2], 128, device)).softmax(1)
-                     for model in models)
-        facts["ensemble_accuracy"] = (shares.argmax(1) == test[2]).double().mean().item()
-        print(f"their averaged probabilities: {100 * facts['ensemble_accuracy']:.2f} %")
-    if s.protocol == "paper":
-        facts["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
-        print(f"best_test_accuracy: {facts['best_test_accuracy_label']}")
-    finish(out, states, models[0], facts)
+        facts["ensemble_accuracy"] = np.mean(one.classes_[shares.argmax(1)] == test_y).item()
+    finish(out, states, one.model_, facts)
 
 def start(argv):
     given = parse(OPTIONS, argv, __doc__)
-    if "resume" in given:
+    preset = published(given.get("dataset")) if given.get("preset") == "paper" else {}
+    s = settle(OPTIONS, preset, given)
+    if s.resume:
         s = resumed("train_uea.py", OPTIONS, given)
-    else:
-        preset = published(given.get("dataset")) if given.get("preset") == "paper" else {}
-        s = settle(OPTIONS, preset, given)
     if s.list:
         list_sets(s.data_dir)
     elif s.predict and s.checkpoint:
@@ -629,7 +609,7 @@ def start(argv):
     elif s.dataset:
         run(s)
     else:
-        raise UserError("give --dataset JapaneseVowels, or --predict FILE.ts --checkpoint RUN, or --list")
+        raise UserError("--dataset JapaneseVowels? --predict FILE.ts --checkpoint RUN? --list?")
 
 def main(argv=None):
     return guard("train_uea.py", start, argv)
