@@ -11,7 +11,6 @@ train_lra.py uses the sections "options" and "a run and its folder" too.
 import argparse
 import copy
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -46,14 +45,11 @@ RUN = dict(
     out=Option(str, "run folder, a new one (default: runs/NAME-TIME)"),
     resume=Option(str, "go on with this interrupted run, same numbers"),
     data_dir=Option("data", "where data is looked for, and where downloads go"),
-    device=Option("auto", "auto, cpu, cuda, cuda:1, mps"),
-    seed=Option(0, "the first seed", (0, 2**31 - 1)),
-    seeds=Option(1, "train so many times, report mean and standard deviation", (1, 1000)),
-    compile=Option(False, "torch.compile: slow start, faster steps"))
+    device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
+    seed=Option(0, "the first seed", (0, 2**31 - 1)), seeds=Option(1, "how many", (1, 1000)))
 MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
-    basis="jacobi", order=5, a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4, hidden=256,
-    dropout=0.0, norm="pre", pool="mean").items()} | dict(
-    mixer=Option("agf", "agf, uv (Sigma = 1), usv (p(s) = s), softmax or none"),
+    mixer="agf", basis="jacobi", order=5, a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4,
+    hidden=256, dropout=0.0, norm="pre", pool="mean").items()} | dict(
     lr=Option(1e-3, "peak learning rate", (1e-12, 100)),
     batch_size=Option(16, "samples in a step", (1, 10**6)),
     gamma=Option(1.0, "weight of the orthogonality loss: at 1 it falls, at 0.1 not", (0, 1e4)))
@@ -64,14 +60,12 @@ RECIPE = MODEL | dict(
     scale=Option(False, "see agf.AGFConfig"), zero_init=Option(True, "see agf.AGFConfig"),
     augment=Option(0.3, "warp time, scale channels, add noise: 120 series are few", (0, 2)),
     mixup=Option(0.4, "train on blends of two series and of their labels", (0, 100)),
-    optimizer=Option("adamw", "adam and radam: without decay", ("adamw", "adam", "radam")),
-    clip=Option(1.0, "largest norm of the gradient", (1e-6, 1e6)),
-    schedule=Option("cosine", "of the learning rate", ("cosine", "constant")))
+    optimizer=Option("adamw", "adam, radam: without decay", ("adamw", "adam", "radam")),
+    schedule=Option("cosine", "or constant", ("cosine", "constant")),
+    clip=Option(1.0, "largest norm of the gradient", (1e-6, 1e6)))
 OPTIONS = RUN | RECIPE | dict(
-    dataset=Option(str, "a set of the UEA or UCR archive"),
-    list=Option(False, "name the sets usable now"),
-    predict=Option(str, "classify this .ts file, CSV to standard out"),
-    checkpoint=Option(str, "run folder for --predict"),
+    dataset=Option(str, "a set of the UEA or UCR archive"), list=Option(False, "sets usable now"),
+    predict=Option(str, "a .ts file, CSV to standard out"), checkpoint=Option(str, "run folder"),
     preset=Option("compact", "paper: the published setting of the set", ("compact", "paper")),
     protocol=Option("honest", "paper: report the best TEST epoch too", ("honest", "paper")))
 PAPER = dict(                         # the published setting: what all sets share,
@@ -102,10 +96,7 @@ def told(text, kinds=Exception):
     try:
         yield
     except kinds as error:
-        raise UserError(f"{text} ({first_line(error)})") from None
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:400]
+        raise UserError(f"{text} ({error})") from None
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -145,7 +136,7 @@ def resumed(script, table, given):
     with told(f"--resume {run}: no run of this version of {script} there"):
         config = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
         old = config["settings"] | dict(resume=run, out=run)
-        if config["script"] != script or old.keys() != table.keys():
+        if (config["script"], old.keys()) != (script, table.keys()):
             raise ValueError("other options")
         check(table, old)
     for name, value in given.items():
@@ -161,7 +152,8 @@ def guard(script, work, argv):
         work(argv)
         return 0
     except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{script}: error: {first_line(error)}", file=sys.stderr)
+        line = " ".join(str(error).split())[:400] or repr(error)
+        print(f"{script}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -260,10 +252,9 @@ def draw(out, histories, model, title):
     if filters:
         figure, s = Figure(layout="constrained"), torch.linspace(0, 1, 201)
         ax = figure.subplots()
-        for number, p in enumerate(filters, start=1):
-            ax.plot(s, p(s).detach(), label=f"layer {number}")
+        ax.plot(s, torch.stack([p(s) for p in filters], dim=1).detach())
         ax.set(xlabel="singular value s", ylabel="p(s)")
-        ax.legend()
+        ax.legend([f"layer {i + 1}" for i in range(len(filters))])
         figure.savefig(out / "filters.png", dpi=120)
 
 # ---------------------------------------------------------------------------------------- data
@@ -281,38 +272,31 @@ def find(name, data_dir, fetch=True):
         raise UserError(f"{home} is there without {name}_TRAIN.ts and {name}_TEST.ts: add them "
                         f"(only .ts files are read), or remove it to download the set")
     if name not in tsc_zenodo or not fetch:
-        near = difflib.get_close_matches(name, tsc_zenodo, 3, 0.5)
-        raise UserError(f"unknown data set {name!r}; {' or '.join([*near, '--list'])}?")
+        raise UserError(f"unknown data set {name!r}: --list names the sets that are here")
     print(f"downloading {name} with aeon, which shows no progress (a few sets have hundreds of MB)")
     with told(f"could not download {name}: by hand, unpack https://timeseriesclassification.com/"
               f"aeon-toolkit/{name}.zip into {home}"):
         load_classification(name, split="train", extract_path=str(data_dir))
     return find(name, data_dir, fetch=False)
 
-def read_header(file, path, need_labels=True):
-    """The lines down to @data -> (number of channels as a text, or ""; names of the classes)."""
-    channels, classes = "", []
-    while line := file.readline(10**6):              # no line of a header is longer
-        key, *words = line.split() or [""]
-        key, value = key.lower(), " ".join(words).lower()
-        if key.startswith(("@timestamp", "@targetlabel")) and value != "false":
-            raise UserError(f"{path}: {key} {value}: timestamps and regression are not read")
-        if key.startswith("@dimension"):
-            channels = value
-        if key == "@classlabel" and value.startswith("true"):
-            classes = words[1:]
-        if key == "@data" and need_labels and not classes:
-            raise UserError(f"{path}: the labels are missing (no '@classLabel true ...')")
-        if key == "@data":
-            return channels, classes
-    raise UserError(f"{path}: empty, or not a .ts file: it has no line @data")
-
 def read(path, need_labels=True):
     """A .ts file -> list of float64 arrays (channels, time), list of labels or None. Not with
     aeon's reader: it lower-cases labels, or takes the last channel for a label where none is."""
-    series, labels = [], []
+    series, labels, channels, classes = [], [], "", []
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        channels, classes = read_header(file, path, need_labels)
+        for line in file:             # the header
+            key, *words = line.split() or [""]
+            key, value = key.lower(), " ".join(words).lower()
+            if key.startswith(("@timestamp", "@targetlabel")) and value != "false":
+                raise UserError(f"{path}: {key} {value}: timestamps and regression are not read")
+            if key.startswith("@dimension"):
+                channels = value
+            if key == "@classlabel" and value.startswith("true"):
+                classes = words[1:]
+            if key == "@data":
+                break
+        if need_labels and not classes:
+            raise UserError(f"{path}: the labels are missing (no '@classLabel true ...')")
         for line in file:
             fields = line.strip().split(":")
             if fields == [""] or line.startswith("#"):
@@ -329,17 +313,8 @@ def read(path, need_labels=True):
                     raise ValueError("a value is infinite, or too large for float32")
             labels.append(label)
     if not series:
-        raise UserError(f"{path}: holds no series")
+        raise UserError(f"{path}: holds no series below a line @data")
     return series, labels
-
-def read_both(name, data_dir):
-    """-> (X, y) of the train split, (X, y) of the test split, as read."""
-    train, test = map(read, find(name, data_dir))
-    known, asked = set(train[1]), set(test[1])
-    if len(known) < 2 or asked - known:
-        raise UserError(f"{name}_TRAIN.ts needs two labels or more, and those of the test split: "
-                        f"it has {sorted(known)}, the test split {sorted(asked)}")
-    return train, test
 
 def filled(x):
     """Missing values of (channels, time), linear in time; a channel without values stays NaN."""
@@ -349,6 +324,8 @@ def filled(x):
 
 def describe(X, y):
     """What the model must know of the train split: classes, length, and the channels' scale."""
+    if len(set(y)) < 2:
+        raise UserError(f"all train series have the same label: {y[0]}")
     steps = np.concatenate([filled(x) for x in X], 1, dtype=np.float64)      # (channels, all steps)
     steps[np.isnan(steps).all(1)] = 0
     size, std = np.nanmax(abs(steps), 1), np.nanstd(steps, 1)
@@ -369,12 +346,13 @@ def encode(X, data, source, y=()):
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
         series.append(torch.tensor(np.nan_to_num(x.T), dtype=torch.float32))
     sizes = torch.tensor([len(x) for x in series])
-    return (pad_sequence(series, batch_first=True), torch.arange(max(sizes)) < sizes[:, None],
-            torch.tensor([data["classes"].index(label) for label in y]))
+    with told(f"{source}: a label that no train series has", ValueError):
+        numbers = torch.tensor([data["classes"].index(label) for label in y])
+    return pad_sequence(series, batch_first=True), torch.arange(max(sizes)) < sizes[:, None], numbers
 
 def load_dataset(name, data_dir):
     """-> train (x, keep, y), test (x, keep, y), and describe() of the train split."""
-    (X, y), (test_X, test_y) = read_both(name, data_dir)
+    (X, y), (test_X, test_y) = map(read, find(name, data_dir))
     data = describe(X, y) | dict(dataset=name)
     return encode(X, data, "train", y), encode(test_X, data, "test", test_y), data
 
@@ -430,14 +408,12 @@ def make_optimizer(model, kind, lr):
 D = settle(OPTIONS, {}, {})           # the defaults
 
 class AGFClassifier(BaseClassifier):
-    """X: (N, channels, time), or a list of (channels, time_i), NaN allowed; y: any labels.
-
-    Its parameters are the options of the command line. save_to: a file for a checkpoint after
-    each epoch; where it is there already, fit goes on from it, to the same numbers.
-    """
+    """X: (N, channels, time), or a list of (channels, time_i), NaN allowed; y: any labels. Its
+    parameters are the options of the command line."""
     _tags = {"capability:multivariate": True, "capability:unequal_length": True,
              "capability:missing_values": True, "X_inner_type": ["np-list", "numpy3D"],
              "algorithm_type": "deeplearning"}
+    save_to = None                    # a checkpoint, new each epoch; fit goes on from it
     watch = None                      # a test split for --protocol paper: looked at each epoch
 
     def __init__(self, mixer=D.mixer, basis=D.basis, order=D.order, a=D.a, b=D.b, dim=D.dim,
@@ -446,7 +422,7 @@ class AGFClassifier(BaseClassifier):
                  epochs=D.epochs, scale=D.scale, kernel=D.kernel, max_tokens=D.max_tokens,
                  zero_init=D.zero_init, augment=D.augment, mixup=D.mixup, optimizer=D.optimizer,
                  clip=D.clip, schedule=D.schedule, compile=D.compile, random_state=D.seed,
-                 device=D.device, save_to=None):
+                 device=D.device):
         vars(self).update({name: value for name, value in locals().items() if name != "self"})
         BaseClassifier.__init__(self)
 
@@ -457,7 +433,6 @@ class AGFClassifier(BaseClassifier):
         device, _ = pick_device(self.device)
         self.data_, self.history_, self.seconds_ = describe(X, y), [], 0.0
         x, keep, y = encode(X, self.data_, "X", y)
-        about = dict(recipe=recipe, seed=seed, data=self.data_, mark=fingerprint(x, keep, y))
         x, keep, y = x.to(device), keep.to(device), F.one_hot(y).float().to(device)
         per_epoch = math.ceil(len(x) / self.batch_size)
         epochs = self.epochs or max(10, math.ceil(600 / per_epoch))
@@ -466,13 +441,12 @@ class AGFClassifier(BaseClassifier):
         self.model_ = make_model(recipe, self.data_).to(device)
         net = torch.compile(self.model_) if self.compile else self.model_
         optimizer = make_optimizer(self.model_, self.optimizer, self.lr)
-        if self.save_to and Path(self.save_to).exists():
+        if self.save_to and self.save_to.exists():
             state = load(self.save_to)
-            if about != {name: state.get(name) for name in about}:
-                raise UserError(f"{self.save_to}: a checkpoint of other data or options")
-            self.model_.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.history_, self.seconds_ = state["history"], state["seconds"]
+            with told(f"{self.save_to}: not a checkpoint of this run"):
+                self.history_, self.seconds_ = state["history"], state["seconds"]
+                self.model_.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
         left = range(len(self.history_), epochs)
         for epoch in tqdm(left, f"seed {seed}", leave=False, disable=None):
             begin, sums = time.perf_counter(), np.zeros(2)
@@ -505,9 +479,9 @@ class AGFClassifier(BaseClassifier):
             self.history_.append(row)
             self.seconds_ += time.perf_counter() - begin
             if self.save_to:
-                save(self.save_to, about | dict(
-                    model=self.model_.state_dict(), optimizer=optimizer.state_dict(),
-                    history=self.history_, seconds=self.seconds_))
+                save(self.save_to, dict(
+                    recipe=recipe, seed=seed, data=self.data_, model=self.model_.state_dict(),
+                    optimizer=optimizer.state_dict(), history=self.history_, seconds=self.seconds_))
 
     def _predict_proba(self, X, source="X"):
         x, keep, _ = encode(X, self.data_, source)
@@ -558,17 +532,14 @@ def list_sets(data_dir):
     print("usable now, without a download:")
     entries = [*Path(data_dir).glob("*"), *SHIPPED.glob("*")]
     for name in sorted({entry.name.removesuffix("_TRAIN.ts") for entry in entries}):
-        with suppress(UserError, OSError):
-            for path in find(name, data_dir, fetch=False):
-                with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-                    read_header(file, path)
-            print(f"  {name:28s} {path.parent}")
+        with suppress(UserError):
+            print(f"  {name:28s} {find(name, data_dir, fetch=False)[0].parent}")
     print("the ten of the paper, for --preset paper:", *PAPER_SETS, sep="\n  ")
 
 def run(s):
     """Train all seeds of one setting, new or resumed; leaves the whole run folder."""
     device, reason = pick_device(s.device, s.compile)
-    (X, y), (test_X, test_y) = read_both(s.dataset, s.data_dir)
+    (X, y), (test_X, test_y) = map(read, find(s.dataset, s.data_dir))
     data, recipe = describe(X, y), {name: getattr(s, name) for name in RECIPE}
     test = encode(test_X, data, f"{s.dataset}_TEST.ts", test_y)
     model = make_model(recipe, data)  # what cannot be built is said before there is a folder
@@ -579,9 +550,8 @@ def run(s):
     out = open_run("train_uea.py", s, s.dataset, fingerprint(*X, y, *test_X, test_y))
     states, shares = [], 0
     for seed in range(s.seed, s.seed + s.seeds):
-        one = AGFClassifier(**recipe, random_state=seed, device=s.device, compile=s.compile,
-                            save_to=str(out / f"seed-{seed}.pt"))
-        one.watch = test if s.protocol == "paper" else None
+        one = AGFClassifier(**recipe, random_state=seed, device=s.device, compile=s.compile)
+        one.save_to, one.watch = out / f"seed-{seed}.pt", test if s.protocol == "paper" else None
         one.fit(X, np.array(y))
         shares = shares + one._predict_proba(test_X)
         result = dict(seed=seed, epochs=len(one.history_), train_seconds=round(one.seconds_, 2),
