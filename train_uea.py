@@ -4,9 +4,7 @@
     train_uea.AGFClassifier().fit(X, y).predict(X_new)        # on arrays (N, channels, time)
 
 Protocol: a fixed number of epochs on the whole train split, then one pass over the test split.
-`--protocol paper` adds what the field reports, the best epoch on the test split, and labels it.
-train_lra.py uses the sections "options" and "a run and its folder" too.
-"""
+`--protocol paper` adds what the field reports, the best epoch on the test split, and labels it."""
 
 import argparse
 import copy
@@ -14,36 +12,32 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import agf
 
-try:                                  # train_lra.py does without aeon, and pandas comes with it
+try:
     import aeon
-    import pandas
+    import pandas                     # which aeon brings
     from aeon.classification import BaseClassifier
     SHIPPED = Path(aeon.__file__).parent / "datasets" / "data"
-except ImportError:
+except ImportError:                   # train_lra.py does without
     BaseClassifier, SHIPPED = object, Path()
 
-# Each option is declared once, in one of these tables. default: or its type, where there is none;
-# limits: the lowest and highest number, or the words to choose from.
-Option = namedtuple("Option", "default help limits", defaults=[()])
+# Each option is declared once, in one of these tables; "" and 0 with "default:" mean: not given.
+Option = namedtuple("Option", "default help limits", defaults=[()])      # limits: or the choices
 RUN = dict(
-    out=Option(str, "run folder, a new one (default: runs/NAME-TIME)"),
-    resume=Option(str, "go on with this interrupted run, same numbers"),
+    out=Option("", "run folder, a new one (default: runs/NAME-TIME)"),
+    resume=Option("", "go on with this interrupted run, same numbers"),
     data_dir=Option("data", "where data is looked for, and where downloads go"),
     device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
     seed=Option(0, "the first seed", (0, 2**31 - 1)), seeds=Option(1, "how many", (1, 1000)))
@@ -54,7 +48,7 @@ MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
     batch_size=Option(16, "samples in a step", (1, 10**6)),
     gamma=Option(1.0, "weight of the orthogonality loss: at 1 it falls, at 0.1 not", (0, 1e4)))
 RECIPE = MODEL | dict(
-    epochs=Option(int, "passes over the train split (default: 600 steps, at least 10)", (1, 10**6)),
+    epochs=Option(0, "passes over the train split; 0: 600 steps, at least 10 passes", (0, 10**6)),
     kernel=Option(11, "time steps in one token: one step of a sensor says little"),
     max_tokens=Option(64, "stride to have at most so many tokens, 0 = no stride", (0, 10**6)),
     scale=Option(False, "see agf.AGFConfig"), zero_init=Option(True, "see agf.AGFConfig"),
@@ -64,8 +58,8 @@ RECIPE = MODEL | dict(
     schedule=Option("cosine", "or constant", ("cosine", "constant")),
     clip=Option(1.0, "largest norm of the gradient", (1e-6, 1e6)))
 OPTIONS = RUN | RECIPE | dict(
-    dataset=Option(str, "a set of the UEA or UCR archive"), list=Option(False, "sets usable now"),
-    predict=Option(str, "a .ts file, CSV to standard out"), checkpoint=Option(str, "run folder"),
+    dataset=Option("", "a set of the UEA or UCR archive"), list=Option(False, "sets usable now"),
+    predict=Option("", "a .ts file, CSV to standard out"), checkpoint=Option("", "run folder"),
     preset=Option("compact", "paper: the published setting of the set", ("compact", "paper")),
     protocol=Option("honest", "paper: report the best TEST epoch too", ("honest", "paper")))
 PAPER = dict(                         # the published setting: what all sets share,
@@ -106,14 +100,12 @@ def parse(table, argv, about):
     """-> a dict of what the user gave, checked."""
     parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name, (default, text, limits) in table.items():
-        kind = default if isinstance(default, type) else type(default)
-        note = "" if kind is default else f" (default: {default})"
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-        parser.add_argument("--" + name.replace("_", "-"), help=text + note, **how)
-    given = vars(parser.parse_args(argv))
-    check(table, given)
-    return given
+    for name, (default, text, _) in table.items():
+        how = dict(type=type(default))
+        if type(default) is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{text} ({default})", **how)
+    return check(table, vars(parser.parse_args(argv)))
 
 def check(table, values):
     """Refuse an unknown word, and a number out of its limits."""
@@ -121,28 +113,25 @@ def check(table, values):
         limits = table[name].limits
         if limits and isinstance(value, str) and value not in limits:
             raise UserError(f"{name} {value}: not one of {', '.join(limits)}")
-        if limits and isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
+        if limits and not isinstance(value, str) and not limits[0] <= value <= limits[1]:
             raise UserError(f"{name} {value}: not from {limits[0]} to {limits[1]}")
+    return values
 
-def settle(table, preset, given):
-    """All settings of a run: the defaults, over them a preset, over both what the user gave."""
-    defaults = {name: None if isinstance(option.default, type) else option.default
-                for name, option in table.items()}
-    return SimpleNamespace(**defaults | preset | given)
-
-def resumed(script, table, given):
-    """The settings of the run that --resume names. What is given beside it must be the same."""
+def settle(script, table, preset, given):
+    """All settings of a run: the defaults, over them a preset, over both what the user gave. With
+    --resume those of that run; what is given beside it must be the same."""
+    if "resume" not in given:
+        return argparse.Namespace(**{k: o.default for k, o in table.items()} | preset | given)
     run = given["resume"]
     with told(f"--resume {run}: no run of this version of {script} there"):
         config = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
-        old = config["settings"] | dict(resume=run, out=run)
+        old = check(table, config["settings"] | dict(resume=run, out=run))
         if (config["script"], old.keys()) != (script, table.keys()):
             raise ValueError("other options")
-        check(table, old)
     for name, value in given.items():
         if name not in ("device", "data_dir") and value != old[name]:
             raise UserError(f"--resume keeps the run's {name} {old[name]}: leave it out")
-    return SimpleNamespace(**old | given, data=config.get("data"))
+    return argparse.Namespace(**old | given, data=config.get("data"))
 
 def guard(script, work, argv):
     """work(argv) -> exit status. What the user can mend is told in one line."""
@@ -193,7 +182,7 @@ def save(path, content):
             part.write_text(content, encoding="utf-8")
         else:
             torch.save(content, part)
-        os.replace(part, path)
+        part.replace(path)
 
 def load(path):
     """weights_only: a file from a stranger brings numbers, never code."""
@@ -269,13 +258,12 @@ def find(name, data_dir, fetch=True):
         if all(file.is_file() for file in files):
             return files
     if home.exists():
-        raise UserError(f"{home} is there without {name}_TRAIN.ts and {name}_TEST.ts: add them "
-                        f"(only .ts files are read), or remove it to download the set")
+        raise UserError(f"{home} has no {name}_TRAIN.ts and {name}_TEST.ts: only these are read")
     if name not in tsc_zenodo or not fetch:
         raise UserError(f"unknown data set {name!r}: --list names the sets that are here")
-    print(f"downloading {name} with aeon, which shows no progress (a few sets have hundreds of MB)")
-    with told(f"could not download {name}: by hand, unpack https://timeseriesclassification.com/"
-              f"aeon-toolkit/{name}.zip into {home}"):
+    print(f"downloading {name} with aeon, which shows no progress")
+    url = f"https://timeseriesclassification.com/aeon-toolkit/{name}.zip"
+    with told(f"could not download {name}: unpack {url} into {home} by hand"):
         load_classification(name, split="train", extract_path=str(data_dir))
     return find(name, data_dir, fetch=False)
 
@@ -316,17 +304,11 @@ def read(path, need_labels=True):
         raise UserError(f"{path}: holds no series below a line @data")
     return series, labels
 
-def filled(x):
-    """Missing values of (channels, time), linear in time; a channel without values stays NaN."""
-    if np.isnan(x).any():
-        x = pandas.DataFrame(x).interpolate(axis=1, limit_direction="both").to_numpy()
-    return x
-
 def describe(X, y):
     """What the model must know of the train split: classes, length, and the channels' scale."""
     if len(set(y)) < 2:
         raise UserError(f"all train series have the same label: {y[0]}")
-    steps = np.concatenate([filled(x) for x in X], 1, dtype=np.float64)      # (channels, all steps)
+    steps = np.concatenate(X, axis=1, dtype=np.float64)      # (channels, all steps)
     steps[np.isnan(steps).all(1)] = 0
     size, std = np.nanmax(abs(steps), 1), np.nanstd(steps, 1)
     std[std <= 1e-13 * size] = 1      # constant, but for rounding: a later change stays as it is
@@ -341,14 +323,15 @@ def encode(X, data, source, y=()):
     for i, x in enumerate(X, start=1):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
-        x = (filled(x[:, :data["length"]]) - mean) / std           # a longer one is cut
+        x = (x[:, :data["length"]] - mean) / std     # longer than any in train: cut
         if (abs(x) > 1e9).any():      # the model squares it, in float32
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
-        series.append(torch.tensor(np.nan_to_num(x.T), dtype=torch.float32))
+        series.append(torch.tensor(np.nan_to_num(x.T), dtype=torch.float32))   # missing: the mean
     sizes = torch.tensor([len(x) for x in series])
+    keep = torch.arange(max(sizes)) < sizes[:, None]
     with told(f"{source}: a label that no train series has", ValueError):
-        numbers = torch.tensor([data["classes"].index(label) for label in y])
-    return pad_sequence(series, batch_first=True), torch.arange(max(sizes)) < sizes[:, None], numbers
+        y = torch.tensor([data["classes"].index(label) for label in y])
+    return pad_sequence(series, batch_first=True), keep, y
 
 def load_dataset(name, data_dir):
     """-> train (x, keep, y), test (x, keep, y), and describe() of the train split."""
@@ -405,7 +388,7 @@ def make_optimizer(model, kind, lr):
               dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
-D = settle(OPTIONS, {}, {})           # the defaults
+D = settle("", OPTIONS, {}, {})           # the defaults
 
 class AGFClassifier(BaseClassifier):
     """X: (N, channels, time), or a list of (channels, time_i), NaN allowed; y: any labels. Its
@@ -433,7 +416,7 @@ class AGFClassifier(BaseClassifier):
         device, _ = pick_device(self.device)
         self.data_, self.history_, self.seconds_ = describe(X, y), [], 0.0
         x, keep, y = encode(X, self.data_, "X", y)
-        x, keep, y = x.to(device), keep.to(device), F.one_hot(y).float().to(device)
+        x, keep, y = x.to(device), keep.to(device), torch.eye(len(self.classes_))[y].to(device)
         per_epoch = math.ceil(len(x) / self.batch_size)
         epochs = self.epochs or max(10, math.ceil(600 / per_epoch))
         steps = epochs * per_epoch
@@ -471,8 +454,7 @@ class AGFClassifier(BaseClassifier):
                 sums += [loss.item() for loss in losses]
             loss, ortho = (sums / per_epoch).tolist()
             if not math.isfinite(loss + ortho):
-                raise UserError(f"the loss is not finite in epoch {epoch + 1} of seed {seed}: "
-                                f"try a smaller --lr (now {self.lr:g})")
+                raise UserError(f"loss not finite in epoch {epoch + 1}: a smaller --lr {self.lr:g}?")
             row = dict(seed=seed, epoch=epoch + 1, step=step + 1, lr=rate, loss=loss, ortho=ortho)
             if self.watch:
                 row["test_accuracy"] = accuracy(self.model_, self.watch, device)
@@ -494,8 +476,7 @@ class AGFClassifier(BaseClassifier):
     @classmethod
     def load(cls, run, device=D.device):
         """A run folder (its first seed), or one of its .pt files -> a fitted classifier."""
-        files = sorted(Path(run).glob("seed-*.pt"), key=lambda file: (len(file.name), file.name))
-        path = files[0] if files else Path(run)
+        path = min(Path(run).glob("seed-*.pt"), default=run)
         state = load(path)
         with told(f"{path}: not a checkpoint that this train_uea.py can use"):
             found = cls(**state["recipe"], random_state=state["seed"], device=device)
@@ -522,10 +503,10 @@ def predict(path, run, device):
     """CSV: number, label and probabilities of each series."""
     classifier = AGFClassifier.load(run, device)
     shares = classifier._predict_proba(read(path, need_labels=False)[0], path)
-    table = pandas.DataFrame(shares, columns=[f"p({name})" for name in classifier.classes_])
-    table.insert(0, "series", table.index + 1)
-    table.insert(1, "label", classifier.classes_[shares.argmax(1)])
-    print(table.to_csv(index=False, float_format="%.6f"), end="")
+    columns = [f"p({name})" for name in classifier.classes_]
+    table = pandas.DataFrame(shares, range(1, len(shares) + 1), columns)
+    table.insert(0, "label", classifier.classes_[shares.argmax(1)])
+    print(table.to_csv(index_label="series", float_format="%.6f"), end="")
 
 def list_sets(data_dir):
     """The sets that --dataset takes without a download."""
@@ -543,9 +524,9 @@ def run(s):
     data, recipe = describe(X, y), {name: getattr(s, name) for name in RECIPE}
     test = encode(test_X, data, f"{s.dataset}_TEST.ts", test_y)
     model = make_model(recipe, data)  # what cannot be built is said before there is a folder
+    size = sum(p.numel() for p in model.parameters())
     facts = dict(dataset=s.dataset, mixer=s.mixer, preset=s.preset, protocol=s.protocol,
-                 train=len(y), test=len(test_y), tokens=len(model.position),
-                 parameters=sum(p.numel() for p in model.parameters()), device=f"{device} ({reason})")
+                 parameters=size, device=f"{device} ({reason})")
     print(facts)
     out = open_run("train_uea.py", s, s.dataset, fingerprint(*X, y, *test_X, test_y))
     states, shares = [], 0
@@ -569,9 +550,7 @@ def run(s):
 def start(argv):
     given = parse(OPTIONS, argv, __doc__)
     preset = published(given.get("dataset")) if given.get("preset") == "paper" else {}
-    s = settle(OPTIONS, preset, given)
-    if s.resume:
-        s = resumed("train_uea.py", OPTIONS, given)
+    s = settle("train_uea.py", OPTIONS, preset, given)
     if s.list:
         list_sets(s.data_dir)
     elif s.predict and s.checkpoint:
