@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ except ImportError:                   # train_lra.py does without
 # Each option is declared once, in one of these tables; "" and 0 with "default:" mean: not given.
 Option = namedtuple("Option", "default help limits", defaults=[()])      # limits: or the choices
 RUN = dict(
-    out=Option("", "run folder, a new one (default: runs/NAME-TIME)"),
+    out=Option("", "run folder, a new one; default: runs/NAME-TIME"),
     resume=Option("", "go on with this interrupted run, same numbers"),
     data_dir=Option("data", "where data is looked for, and where downloads go"),
     device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
@@ -62,22 +62,22 @@ OPTIONS = RUN | RECIPE | dict(
     predict=Option("", "a .ts file, CSV to standard out"), checkpoint=Option("", "run folder"),
     preset=Option("compact", "paper: the published setting of the set", ("compact", "paper")),
     protocol=Option("honest", "paper: report the best TEST epoch too", ("honest", "paper")))
-PAPER = dict(                         # the published setting: what all sets share,
+PAPER = dict(                         # the published setting: what all sets share, and of each
     dim=512, depth=2, heads=8, hidden=2048, dropout=0.1, norm="post", pool="flatten", scale=True,
-    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0,
-    optimizer="radam", lr=1e-3, schedule="constant", clip=4.0, batch_size=16, epochs=100)
-PAPER_SETS = {                        # and of each: basis, order, a, b, gamma, identity
-    "EthanolConcentration": ("jacobi", 6, 1.5, -1.5, 0.1, True),
-    "FaceDetection": ("jacobi", 9, 2.0, 0.5, 0.1, True),
-    "Handwriting": ("jacobi", 3, 1.0, 0.2, 0.01, False),
-    "Heartbeat": ("chebyshev", 6, 0.0, 0.0, 0.01, False),
-    "JapaneseVowels": ("legendre", 4, 0.0, 0.0, 0.01, False),
-    "PEMS-SF": ("jacobi", 5, 1.5, 2.0, 0.1, True),
-    "SelfRegulationSCP1": ("jacobi", 9, 1.5, 1.0, 0.1, True),
-    "SelfRegulationSCP2": ("jacobi", 7, 2.0, 1.5, 0.1, True),
-    "SpokenArabicDigits": ("jacobi", 4, 1.0, 0.0, 0.5, True),
-    "UWaveGestureLibrary": ("jacobi", 10, 2.0, 1.5, 0.1, True)}
-EXCEPTIONS = {"PEMS-SF": dict(epochs=400), "SpokenArabicDigits": dict(optimizer="adam")}
+    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0, lr=1e-3, schedule="constant",
+    clip=4.0, batch_size=16)
+COLUMNS = ("basis", "order", "a", "b", "gamma", "identity", "epochs", "optimizer")
+PAPER_SETS = {
+    "EthanolConcentration": ("jacobi", 6, 1.5, -1.5, 0.1, True, 100, "radam"),
+    "FaceDetection": ("jacobi", 9, 2.0, 0.5, 0.1, True, 100, "radam"),
+    "Handwriting": ("jacobi", 3, 1.0, 0.2, 0.01, False, 100, "radam"),
+    "Heartbeat": ("chebyshev", 6, 0.0, 0.0, 0.01, False, 100, "radam"),
+    "JapaneseVowels": ("legendre", 4, 0.0, 0.0, 0.01, False, 100, "radam"),
+    "PEMS-SF": ("jacobi", 5, 1.5, 2.0, 0.1, True, 400, "radam"),
+    "SelfRegulationSCP1": ("jacobi", 9, 1.5, 1.0, 0.1, True, 100, "radam"),
+    "SelfRegulationSCP2": ("jacobi", 7, 2.0, 1.5, 0.1, True, 100, "radam"),
+    "SpokenArabicDigits": ("jacobi", 4, 1.0, 0.0, 0.5, True, 100, "adam"),
+    "UWaveGestureLibrary": ("jacobi", 10, 2.0, 1.5, 0.1, True, 100, "radam")}
 
 # ------------------------------------------------------------------------------------- options
 
@@ -236,36 +236,42 @@ def draw(out, histories, model, title):
         ax.set(xlabel="step", ylabel=name, ylim=(0, None))
     figure.suptitle(title)
     figure.savefig(out / "curves.png", dpi=120)
-    filters = [block.mixer.filter for block in model.cpu().blocks
-               if getattr(block.mixer, "filter", None)]
+    filters = [b.mixer.filter for b in model.cpu().blocks if getattr(b.mixer, "filter", None)]
     if filters:
         figure, s = Figure(layout="constrained"), torch.linspace(0, 1, 201)
         ax = figure.subplots()
-        ax.plot(s, torch.stack([p(s) for p in filters], dim=1).detach())
-        ax.set(xlabel="singular value s", ylabel="p(s)")
-        ax.legend([f"layer {i + 1}" for i in range(len(filters))])
+        for p in filters:
+            ax.plot(s, p(s).detach())
+        ax.set(xlabel="singular value s", ylabel="p(s), one line a layer")
         figure.savefig(out / "filters.png", dpi=120)
 
 # ---------------------------------------------------------------------------------------- data
 
-def find(name, data_dir, fetch=True):
-    """-> NAME_TRAIN.ts and NAME_TEST.ts: yours, or what aeon ships, or what it downloads."""
-    from aeon.datasets import load_classification
-    from aeon.datasets.tsc_datasets import tsc_zenodo
+def sets_here(data_dir):
+    """-> {name: folder} of the sets that need no download: what aeon ships, and over it yours."""
+    data, found = Path(data_dir), {}
+    for place in (SHIPPED.glob("*/*_TRAIN.ts"), data.glob("*_TRAIN.ts"), data.glob("*/*_TRAIN.ts")):
+        for path in place:
+            name = path.name.removesuffix("_TRAIN.ts")
+            if path.is_file() and path.with_name(f"{name}_TEST.ts").is_file():
+                found[name] = path.parent
+    return found
+
+def read_both(name, data_dir):
+    """-> (X, y) of the train split, (X, y) of the test split, as read; downloaded, if need be."""
+    from aeon.datasets import load_classification, tsc_datasets
     home = Path(data_dir, name)
-    for folder in (home, Path(data_dir), SHIPPED / name):
-        files = [folder / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
-        if all(file.is_file() for file in files):
-            return files
-    if home.exists():
-        raise UserError(f"{home} has no {name}_TRAIN.ts and {name}_TEST.ts: only these are read")
-    if name not in tsc_zenodo or not fetch:
-        raise UserError(f"unknown data set {name!r}: --list names the sets that are here")
-    print(f"downloading {name} with aeon, which shows no progress")
-    url = f"https://timeseriesclassification.com/aeon-toolkit/{name}.zip"
-    with told(f"could not download {name}: unpack {url} into {home} by hand"):
-        load_classification(name, split="train", extract_path=str(data_dir))
-    return find(name, data_dir, fetch=False)
+    if name not in sets_here(data_dir):
+        if home.exists():
+            raise UserError(f"{home} lacks {name}_TRAIN.ts and {name}_TEST.ts: only these are read")
+        if name not in tsc_datasets.tsc_zenodo:
+            raise UserError(f"unknown data set {name!r}: --list names the sets that are here")
+        print(f"downloading {name} with aeon, which shows no progress")
+        url = f"https://timeseriesclassification.com/aeon-toolkit/{name}.zip"
+        with told(f"could not download {name}: unpack {url} into {home} by hand"):
+            load_classification(name, split="train", extract_path=str(data_dir))
+    folder = sets_here(data_dir).get(name, home)
+    return read(folder / f"{name}_TRAIN.ts"), read(folder / f"{name}_TEST.ts")
 
 def read(path, need_labels=True):
     """A .ts file -> list of float64 arrays (channels, time), list of labels or None. Not with
@@ -335,7 +341,7 @@ def encode(X, data, source, y=()):
 
 def load_dataset(name, data_dir):
     """-> train (x, keep, y), test (x, keep, y), and describe() of the train split."""
-    (X, y), (test_X, test_y) = map(read, find(name, data_dir))
+    (X, y), (test_X, test_y) = read_both(name, data_dir)
     data = describe(X, y) | dict(dataset=name)
     return encode(X, data, "train", y), encode(test_X, data, "test", test_y), data
 
@@ -372,8 +378,8 @@ def batches(x, keep, size, device):
 
 def accuracy(model, split, device):
     x, keep, y = split
-    found = agf.evaluate(model, batches(x, keep, 128, device)).argmax(1)
-    return (found == y).double().mean().item()
+    logits = agf.evaluate(model, batches(x, keep, 128, device))
+    return (logits.argmax(1) == y).double().mean().item()
 
 def make_model(recipe, data):
     tokens = recipe["max_tokens"] or data["length"]
@@ -496,8 +502,7 @@ class AGFClassifier(BaseClassifier):
 def published(name):
     """The paper's setting of a set."""
     with told(f"--preset paper is for {', '.join(PAPER_SETS)}", KeyError):
-        row = zip(("basis", "order", "a", "b", "gamma", "identity"), PAPER_SETS[name])
-    return PAPER | dict(row) | EXCEPTIONS.get(name, {})
+        return PAPER | dict(zip(COLUMNS, PAPER_SETS[name]))
 
 def predict(path, run, device):
     """CSV: number, label and probabilities of each series."""
@@ -509,18 +514,15 @@ def predict(path, run, device):
     print(table.to_csv(index_label="series", float_format="%.6f"), end="")
 
 def list_sets(data_dir):
-    """The sets that --dataset takes without a download."""
     print("usable now, without a download:")
-    entries = [*Path(data_dir).glob("*"), *SHIPPED.glob("*")]
-    for name in sorted({entry.name.removesuffix("_TRAIN.ts") for entry in entries}):
-        with suppress(UserError):
-            print(f"  {name:28s} {find(name, data_dir, fetch=False)[0].parent}")
+    for name, folder in sorted(sets_here(data_dir).items()):
+        print(f"  {name:28s} {folder}")
     print("the ten of the paper, for --preset paper:", *PAPER_SETS, sep="\n  ")
 
 def run(s):
     """Train all seeds of one setting, new or resumed; leaves the whole run folder."""
     device, reason = pick_device(s.device, s.compile)
-    (X, y), (test_X, test_y) = map(read, find(s.dataset, s.data_dir))
+    (X, y), (test_X, test_y) = read_both(s.dataset, s.data_dir)
     data, recipe = describe(X, y), {name: getattr(s, name) for name in RECIPE}
     test = encode(test_X, data, f"{s.dataset}_TEST.ts", test_y)
     model = make_model(recipe, data)  # what cannot be built is said before there is a folder
