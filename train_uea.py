@@ -124,7 +124,7 @@ def settle(script, table, preset, given):
         return argparse.Namespace(**{k: o.default for k, o in table.items()} | preset | given)
     run = given["resume"]
     with told(f"--resume {run}: no run of this version of {script} there"):
-        config = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
+        config = json.loads(Path(run, "config.json").read_text())
         old = check(table, config["settings"] | dict(resume=run, out=run))
         if (config["script"], old.keys()) != (script, table.keys()):
             raise ValueError("other options")
@@ -156,14 +156,14 @@ def open_run(script, s, name, data):
         raise UserError(f"--resume {s.resume}: the data changed since this run began")
     if s.resume:
         return Path(s.resume)
-    date, nanoseconds = time.strftime("%Y%m%d-%H%M%S"), time.time_ns() % 10**9
-    out = Path(s.out or f"runs/{name}-{date}-{nanoseconds:09d}")
+    date = time.strftime("%Y%m%d-%H%M%S")
+    out = Path(s.out or f"runs/{name}-{date}-{time.time_ns() % 10**9:09d}")
     with told(f"{out} is there already: another --out, or --resume {out}", FileExistsError):
         out.mkdir(parents=True)       # of two runs at once, only one can make it
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    save(out / "config.json", json.dumps(dict(
-        script=script, command=" ".join(["python", *sys.argv]), date=date,
-        versions=versions, data=data, settings=vars(s)), indent=2))
+    (out / "config.json").write_text(json.dumps(dict(
+        script=script, command=" ".join(["python", *sys.argv]), date=date, versions=versions,
+        data=data, settings=vars(s)), indent=2))
     print(f"run folder {out}; should it stop, --resume {out} goes on", flush=True)
     return out
 
@@ -174,15 +174,11 @@ def fingerprint(*parts):
         digest.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
     return digest.hexdigest()[:16]
 
-def save(path, content):
-    """A text or a checkpoint. The whole file or none: a crash leaves the old one."""
-    part = Path(f"{path}.part")
+def save(path, state):
+    """The whole checkpoint or none: a crash leaves the old one."""
     with told(f"cannot write {path}: disk full, folder gone?"):
-        if isinstance(content, str):
-            part.write_text(content, encoding="utf-8")
-        else:
-            torch.save(content, part)
-        part.replace(path)
+        torch.save(state, f"{path}.part")
+        Path(f"{path}.part").replace(path)
 
 def load(path):
     """weights_only: a file from a stranger brings numbers, never code."""
@@ -218,10 +214,11 @@ def finish(out, states, model, facts):
     spread = score.std(ddof=1).item() if len(score) > 1 else None
     text = f"test accuracy {100 * score.mean():.2f} %"
     text += f" +- {100 * spread:.2f} (std, n = {len(score)})" if len(score) > 1 else ""
-    save(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in sum(histories, [])))
+    rows = [json.dumps(row) + "\n" for history in histories for row in history]
+    (out / "metrics.jsonl").write_text("".join(rows))
     draw(out, histories, model, f"{facts['mixer']}: {text}")
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    save(out / "result.json", json.dumps(config | facts | columns | dict(
+    config = json.loads((out / "config.json").read_text())
+    (out / "result.json").write_text(json.dumps(config | facts | columns | dict(
         test_accuracy_mean=score.mean().item(), test_accuracy_std=spread), indent=2))
     print(f"{text}; see {out}")
 
@@ -249,12 +246,10 @@ def draw(out, histories, model, title):
 
 def sets_here(data_dir):
     """-> {name: folder} of the sets that need no download: what aeon ships, and over it yours."""
-    data, found = Path(data_dir), {}
-    for place in (SHIPPED.glob("*/*_TRAIN.ts"), data.glob("*_TRAIN.ts"), data.glob("*/*_TRAIN.ts")):
-        for path in place:
-            name = path.name.removesuffix("_TRAIN.ts")
-            if path.is_file() and path.with_name(f"{name}_TEST.ts").is_file():
-                found[name] = path.parent
+    found = {}
+    for folder in [*SHIPPED.glob("*"), *Path(data_dir).glob("*")]:
+        if all((folder / f"{folder.name}_{split}.ts").is_file() for split in ("TRAIN", "TEST")):
+            found[folder.name] = folder
     return found
 
 def read_both(name, data_dir):
@@ -460,7 +455,7 @@ class AGFClassifier(BaseClassifier):
                 sums += [loss.item() for loss in losses]
             loss, ortho = (sums / per_epoch).tolist()
             if not math.isfinite(loss + ortho):
-                raise UserError(f"loss not finite in epoch {epoch + 1}: a smaller --lr {self.lr:g}?")
+                raise UserError(f"the loss is not finite in epoch {epoch + 1}: a smaller --lr?")
             row = dict(seed=seed, epoch=epoch + 1, step=step + 1, lr=rate, loss=loss, ortho=ortho)
             if self.watch:
                 row["test_accuracy"] = accuracy(self.model_, self.watch, device)
@@ -499,11 +494,6 @@ class AGFClassifier(BaseClassifier):
 
 # -------------------------------------------------------------------------------- command line
 
-def published(name):
-    """The paper's setting of a set."""
-    with told(f"--preset paper is for {', '.join(PAPER_SETS)}", KeyError):
-        return PAPER | dict(zip(COLUMNS, PAPER_SETS[name]))
-
 def predict(path, run, device):
     """CSV: number, label and probabilities of each series."""
     classifier = AGFClassifier.load(run, device)
@@ -512,12 +502,6 @@ def predict(path, run, device):
     table = pandas.DataFrame(shares, range(1, len(shares) + 1), columns)
     table.insert(0, "label", classifier.classes_[shares.argmax(1)])
     print(table.to_csv(index_label="series", float_format="%.6f"), end="")
-
-def list_sets(data_dir):
-    print("usable now, without a download:")
-    for name, folder in sorted(sets_here(data_dir).items()):
-        print(f"  {name:28s} {folder}")
-    print("the ten of the paper, for --preset paper:", *PAPER_SETS, sep="\n  ")
 
 def run(s):
     """Train all seeds of one setting, new or resumed; leaves the whole run folder."""
@@ -551,10 +535,14 @@ def run(s):
 
 def start(argv):
     given = parse(OPTIONS, argv, __doc__)
-    preset = published(given.get("dataset")) if given.get("preset") == "paper" else {}
+    preset = {}
+    if given.get("preset") == "paper":
+        with told(f"--preset paper is for {', '.join(PAPER_SETS)}", KeyError):
+            preset = PAPER | dict(zip(COLUMNS, PAPER_SETS[given.get("dataset")]))
     s = settle("train_uea.py", OPTIONS, preset, given)
     if s.list:
-        list_sets(s.data_dir)
+        for name, folder in sorted(sets_here(s.data_dir).items()):
+            print(f"{name:28s} {folder}")
     elif s.predict and s.checkpoint:
         predict(s.predict, s.checkpoint, s.device)
     elif s.dataset:
