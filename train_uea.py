@@ -54,8 +54,7 @@ RECIPE = MODEL | dict(
     scale=Option(False, "see agf.AGFConfig"), zero_init=Option(True, "see agf.AGFConfig"),
     augment=Option(0.3, "warp time, scale channels, add noise: 120 series are few", (0, 2)),
     mixup=Option(0.4, "train on blends of two series and of their labels", (0, 100)),
-    optimizer=Option("adamw", "adam, radam: without decay", ("adamw", "adam", "radam")),
-    schedule=Option("cosine", "or constant", ("cosine", "constant")),
+    optimizer=Option("adamw", "adam, radam: no decay, constant rate", ("adamw", "adam", "radam")),
     clip=Option(1.0, "largest norm of the gradient", (1e-6, 1e6)))
 OPTIONS = RUN | RECIPE | dict(
     dataset=Option("", "a set of the UEA or UCR archive"), list=Option(False, "sets usable now"),
@@ -64,8 +63,7 @@ OPTIONS = RUN | RECIPE | dict(
     protocol=Option("honest", "paper: report the best TEST epoch too", ("honest", "paper")))
 PAPER = dict(                         # the published setting: what all sets share, and of each
     dim=512, depth=2, heads=8, hidden=2048, dropout=0.1, norm="post", pool="flatten", scale=True,
-    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0, lr=1e-3, schedule="constant",
-    clip=4.0, batch_size=16)
+    kernel=1, max_tokens=0, zero_init=False, augment=0.0, mixup=0.0, clip=4.0)
 COLUMNS = ("basis", "order", "a", "b", "gamma", "identity", "epochs", "optimizer")
 PAPER_SETS = {
     "EthanolConcentration": ("jacobi", 6, 1.5, -1.5, 0.1, True, 100, "radam"),
@@ -79,7 +77,7 @@ PAPER_SETS = {
     "SpokenArabicDigits": ("jacobi", 4, 1.0, 0.0, 0.5, True, 100, "adam"),
     "UWaveGestureLibrary": ("jacobi", 10, 2.0, 1.5, 0.1, True, 100, "radam")}
 
-# ------------------------------------------------------------------------------------- options
+# -------------------------------------------------- options, and a run: train_lra.py uses these
 
 class UserError(ValueError):
     """A mistake that the user can mend: told in one line, exit status 2."""
@@ -118,8 +116,7 @@ def check(table, values):
     return values
 
 def settle(script, table, preset, given):
-    """All settings of a run: the defaults, over them a preset, over both what the user gave. With
-    --resume those of that run; what is given beside it must be the same."""
+    """Defaults, over them a preset, over both what is given; with --resume, that run's settings."""
     if "resume" not in given:
         return argparse.Namespace(**{k: o.default for k, o in table.items()} | preset | given)
     run = given["resume"]
@@ -147,8 +144,6 @@ def guard(script, work, argv):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-
-# --------------------------------------------------------------------------- a run and its folder
 
 def open_run(script, s, name, data):
     """-> a new run folder with its config.json, or the one to resume. data: its fingerprint()."""
@@ -206,8 +201,7 @@ def without_mixers(model):
     return model
 
 def finish(out, states, model, facts):
-    """metrics.jsonl, the pictures, result.json. states: one a seed, each with its `history` (rows
-    of metrics.jsonl) and `result`; model: for filters.png; facts: more for result.json."""
+    """metrics.jsonl (the `history` of each seed's state), result.json (`result`), the pictures."""
     results, histories = ([state[key] for state in states] for key in ("result", "history"))
     columns = {key.replace("seed", "seeds"): [r[key] for r in results] for key in results[0]}
     score = np.array(columns["test_accuracy"])
@@ -255,17 +249,14 @@ def sets_here(data_dir):
 def read_both(name, data_dir):
     """-> (X, y) of the train split, (X, y) of the test split, as read; downloaded, if need be."""
     from aeon.datasets import load_classification, tsc_datasets
-    home = Path(data_dir, name)
-    if name not in sets_here(data_dir):
-        if home.exists():
-            raise UserError(f"{home} lacks {name}_TRAIN.ts and {name}_TEST.ts: only these are read")
+    folder = sets_here(data_dir).get(name, Path(data_dir, name))
+    if not folder.exists():
         if name not in tsc_datasets.tsc_zenodo:
             raise UserError(f"unknown data set {name!r}: --list names the sets that are here")
         print(f"downloading {name} with aeon, which shows no progress")
         url = f"https://timeseriesclassification.com/aeon-toolkit/{name}.zip"
-        with told(f"could not download {name}: unpack {url} into {home} by hand"):
+        with told(f"could not download {name}: unpack {url} into {folder} by hand"):
             load_classification(name, split="train", extract_path=str(data_dir))
-    folder = sets_here(data_dir).get(name, home)
     return read(folder / f"{name}_TRAIN.ts"), read(folder / f"{name}_TEST.ts")
 
 def read(path, need_labels=True):
@@ -317,14 +308,13 @@ def describe(X, y):
                 mean=np.nanmean(steps, 1).tolist(), std=std.tolist())
 
 def encode(X, data, source, y=()):
-    """-> x (N, n, channels), keep (N, n) and, of labels y, their numbers (N,).
-    Standardised in float64, then float32: the offset of a channel may be large."""
+    """-> x (N, n, channels), keep (N, n), and y (N,), the numbers of the labels."""
     mean, std = np.array(data["mean"])[:, None], np.array(data["std"])[:, None]
     series = []
     for i, x in enumerate(X, start=1):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
-        x = (x[:, :data["length"]] - mean) / std     # longer than any in train: cut
+        x = (x[:, :data["length"]] - mean) / std     # in float64: the mean may be large
         if (abs(x) > 1e9).any():      # the model squares it, in float32
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
         series.append(torch.tensor(np.nan_to_num(x.T), dtype=torch.float32))   # missing: the mean
@@ -372,9 +362,8 @@ def batches(x, keep, size, device):
         yield x[:, :n].to(device), keep[:, :n].to(device)
 
 def accuracy(model, split, device):
-    x, keep, y = split
-    logits = agf.evaluate(model, batches(x, keep, 128, device))
-    return (logits.argmax(1) == y).double().mean().item()
+    logits = agf.evaluate(model, batches(*split[:2], 128, device))
+    return (logits.argmax(1) == split[2]).double().mean().item()
 
 def make_model(recipe, data):
     tokens = recipe["max_tokens"] or data["length"]
@@ -392,8 +381,7 @@ def make_optimizer(model, kind, lr):
 D = settle("", OPTIONS, {}, {})           # the defaults
 
 class AGFClassifier(BaseClassifier):
-    """X: (N, channels, time), or a list of (channels, time_i), NaN allowed; y: any labels. Its
-    parameters are the options of the command line."""
+    """X: (N, channels, time), or a list of (channels, time_i), NaN allowed; y: any labels."""
     _tags = {"capability:multivariate": True, "capability:unequal_length": True,
              "capability:missing_values": True, "X_inner_type": ["np-list", "numpy3D"],
              "algorithm_type": "deeplearning"}
@@ -405,8 +393,7 @@ class AGFClassifier(BaseClassifier):
                  dropout=D.dropout, pool=D.pool, lr=D.lr, gamma=D.gamma, batch_size=D.batch_size,
                  epochs=D.epochs, scale=D.scale, kernel=D.kernel, max_tokens=D.max_tokens,
                  zero_init=D.zero_init, augment=D.augment, mixup=D.mixup, optimizer=D.optimizer,
-                 clip=D.clip, schedule=D.schedule, compile=D.compile, random_state=D.seed,
-                 device=D.device):
+                 clip=D.clip, compile=D.compile, random_state=D.seed, device=D.device):
         vars(self).update({name: value for name, value in locals().items() if name != "self"})
         BaseClassifier.__init__(self)
 
@@ -446,7 +433,7 @@ class AGFClassifier(BaseClassifier):
                 if self.mixup:
                     batch = mixup(*batch, self.mixup, rng)
                 rate = self.lr
-                if self.schedule == "cosine":
+                if self.optimizer == "adamw":        # a warmup, then a cosine
                     warmup = min(1, (step + 1) / (0.1 * steps))
                     rate = self.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for group in optimizer.param_groups:
