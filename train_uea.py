@@ -44,18 +44,16 @@ RUN = dict(
 MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
     mixer="agf", basis="jacobi", order=5, a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4,
     hidden=256, dropout=0.0, norm="pre", pool="mean").items()} | dict(
-    lr=Option(1e-3, "peak learning rate", (1e-12, 100)),
-    batch_size=Option(16, "samples in a step", (1, 10**6)),
+    lr=Option(1e-3, "peak rate", (1e-12, 100)), batch_size=Option(16, "of a step", (1, 10**6)),
     gamma=Option(1.0, "weight of the orthogonality loss: at 1 it falls, at 0.1 not", (0, 1e4)))
 RECIPE = MODEL | dict(
     epochs=Option(0, "passes over the train split; 0: 600 steps, at least 10 passes", (0, 10**6)),
-    kernel=Option(11, "time steps in one token: one step of a sensor says little"),
+    kernel=Option(11, "steps of time in one token"), clip=Option(1.0, "of gradients", (1e-6, 1e6)),
     max_tokens=Option(64, "stride to have at most so many tokens, 0 = no stride", (0, 10**6)),
     scale=Option(False, "see agf.AGFConfig"), zero_init=Option(True, "see agf.AGFConfig"),
     augment=Option(0.3, "warp time, scale channels, add noise: 120 series are few", (0, 2)),
     mixup=Option(0.4, "train on blends of two series and of their labels", (0, 100)),
-    optimizer=Option("adamw", "adam, radam: no decay, constant rate", ("adamw", "adam", "radam")),
-    clip=Option(1.0, "largest norm of the gradient", (1e-6, 1e6)))
+    optimizer=Option("adamw", "adam, radam: no decay, constant rate", ("adamw", "adam", "radam")))
 OPTIONS = RUN | RECIPE | dict(
     dataset=Option("", "a set of the UEA or UCR archive"), list=Option(False, "sets usable now"),
     predict=Option("", "a .ts file, CSV to standard out"), checkpoint=Option("", "run folder"),
@@ -260,8 +258,7 @@ def read_both(name, data_dir):
     return read(folder / f"{name}_TRAIN.ts"), read(folder / f"{name}_TEST.ts")
 
 def read(path, need_labels=True):
-    """A .ts file -> list of float64 arrays (channels, time), list of labels or None. Not with
-    aeon's reader: it lower-cases labels, or takes the last channel for a label where none is."""
+    """A .ts file -> arrays (channels, time), labels. aeon's reader would lower-case the labels."""
     series, labels, channels, classes = [], [], "", []
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:             # the header
@@ -314,10 +311,10 @@ def encode(X, data, source, y=()):
     for i, x in enumerate(X, start=1):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
-        x = (x[:, :data["length"]] - mean) / std     # in float64: the mean may be large
-        if (abs(x) > 1e9).any():      # the model squares it, in float32
+        scaled = (x[:, :data["length"]] - mean) / std              # in float64: for large means
+        if np.isinf(x).any() or (abs(scaled) > 1e9).any():         # the model squares it, in float32
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
-        series.append(torch.tensor(np.nan_to_num(x.T), dtype=torch.float32))   # missing: the mean
+        series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))  # missing: mean
     sizes = torch.tensor([len(x) for x in series])
     keep = torch.arange(max(sizes)) < sizes[:, None]
     with told(f"{source}: a label that no train series has", ValueError):
@@ -528,8 +525,7 @@ def start(argv):
             preset = PAPER | dict(zip(COLUMNS, PAPER_SETS[given.get("dataset")]))
     s = settle("train_uea.py", OPTIONS, preset, given)
     if s.list:
-        for name, folder in sorted(sets_here(s.data_dir).items()):
-            print(f"{name:28s} {folder}")
+        print(*sorted(sets_here(s.data_dir)), sep="\n")
     elif s.predict and s.checkpoint:
         predict(s.predict, s.checkpoint, s.device)
     elif s.dataset:
