@@ -278,17 +278,19 @@ def read(path, need_labels=True):
             fields = line.strip().split(":")
             if fields == [""] or line.startswith("#"):
                 continue
-            label = fields.pop() if classes else None
+            labels.append(fields.pop() if classes else None)
             channels = channels or str(len(fields))
-            with told(f"{path}: series {len(series) + 1}", ValueError):
-                if str(len(fields)) != channels or classes and label not in classes:
-                    raise ValueError(f"{len(fields)} channels, label {label!r}: not {channels} "
-                                     f"channels and one of the labels {', '.join(classes)}")
+            with told(f"{path}: series {len(labels)}", ValueError):
+                if not fields or str(len(fields)) != channels:
+                    raise ValueError(f"{len(fields)} channels, not {channels}")
+                if classes and labels[-1] not in classes:
+                    raise ValueError(f"label {labels[-1]!r} is none of: {', '.join(classes)}")
+                if len({field.count(",") for field in fields}) > 1:
+                    raise ValueError("its channels differ in length")
                 rows = [field.replace("?", "nan").split(",") for field in fields]
                 series.append(np.array(rows, dtype=np.float64))
                 if (abs(series[-1]) > np.finfo(np.float32).max).any():
                     raise ValueError("a value is infinite, or too large for float32")
-            labels.append(label)
     if not series:
         raise UserError(f"{path}: holds no series below a line @data")
     return series, labels
@@ -312,7 +314,7 @@ def encode(X, data, source, y=()):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
         scaled = (x[:, :data["length"]] - mean) / std              # in float64: for large means
-        if np.isinf(x).any() or (abs(scaled) > 1e9).any():         # the model squares it, in float32
+        if np.isinf(x).any() or (abs(scaled) > 1e9).any():         # float32 squares fit up to 1e19
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
         series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))  # missing: mean
     sizes = torch.tensor([len(x) for x in series])
