@@ -417,8 +417,7 @@ class AGFClassifier(BaseClassifier):
                 self.history_, self.seconds_ = state["history"], state["seconds"]
                 self.model_.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
-        left = range(len(self.history_), epochs)
-        for epoch in tqdm(left, f"seed {seed}", leave=False, disable=None):
+        for epoch in tqdm(range(len(self.history_), epochs), f"{seed=}", leave=False, disable=None):
             begin, sums = time.perf_counter(), np.zeros(2)
             torch.manual_seed(10_007 * (seed + 1) + epoch)         # dropout: as if never stopped
             order = np.random.default_rng([seed, epoch, len(x)]).permutation(len(x))
@@ -482,11 +481,10 @@ class AGFClassifier(BaseClassifier):
 
 def predict(path, run, device):
     """CSV: number, label and probabilities of each series."""
-    classifier = AGFClassifier.load(run, device)
-    shares = classifier._predict_proba(read(path, need_labels=False)[0], path)
-    columns = [f"p({name})" for name in classifier.classes_]
-    table = pandas.DataFrame(shares, range(1, len(shares) + 1), columns)
-    table.insert(0, "label", classifier.classes_[shares.argmax(1)])
+    one = AGFClassifier.load(run, device)
+    shares = one._predict_proba(read(path, need_labels=False)[0], path)
+    table = pandas.DataFrame(shares, range(1, len(shares) + 1), [f"p({c})" for c in one.classes_])
+    table.insert(0, "label", one.classes_[shares.argmax(1)])
     print(table.to_csv(index_label="series", float_format="%.6f"), end="")
 
 def run(s):
