@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -18,7 +19,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 
 from torch import nn
@@ -653,7 +653,7 @@ def test_agf_py_alone_in_an_empty_folder_trains_a_step(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "trained" in done.stdout, done.stderr
 
-# ---------------------------------------------------------------- python train_uea.py, AGFClassifier
+# -------------------------------------------------------------- python train_uea.py, AGFClassifier
 
 def ts(name, lines, labels="a b", more=""):
     """The text of a .ts file; labels "" = unlabelled."""
@@ -714,18 +714,14 @@ def run(toy, tmp_path_factory):
     assert status == 0, err
     return out
 
-# ---------------------------------------------------------------------------- the run folder
-
 def test_a_run_leaves_its_whole_folder_and_every_seed(toy, run):
     assert sorted(os.listdir(run)) == ["config.json", "curves.png", "filters.png", "metrics.jsonl",
                                        "result.json", "seed-0.pt", "seed-1.pt"]
     result = result_of(run)
-    assert result["dataset"] == "Toy" and result["mixer"] == "agf" and result["seeds"] == [0, 1]
-    assert result["protocol"] == "honest" and len(result["train_seconds"]) == 2
+    assert (result["dataset"], result["protocol"], result["seeds"]) == ("Toy", "honest", [0, 1])
     assert result["test_accuracy_mean"] == pytest.approx(np.mean(result["test_accuracy"]))
     assert result["test_accuracy_std"] == pytest.approx(np.std(result["test_accuracy"], ddof=1))
-    assert {"parameters", "device", "command", "date", "preset", "epochs"} <= set(result)
-    assert result["versions"]["torch"] == torch.__version__
+    assert {"train_seconds", "parameters", "device", "command", "date", "versions"} <= set(result)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(r["seed"], r["epoch"]) for r in rows] == [(s, e) for s in (0, 1) for e in (1, 2, 3)]
     for name in ("curves.png", "filters.png"):
@@ -736,7 +732,7 @@ def test_a_run_leaves_its_whole_folder_and_every_seed(toy, run):
     assert result["ensemble_accuracy"] == pytest.approx(np.mean(found == y))
 
 def test_the_test_split_cannot_reach_training_but_protocol_paper_reports_it(toy, run, tmp_path):
-    """Other test labels and values, looked at after each epoch: the same weights to the last bit."""
+    """Other test values and labels, looked at each epoch: the same weights to the last bit."""
     write_set(tmp_path, "Toy", [], ["10,20,30:4,5,6:b", "1,2,3:0,-5,9:a"] * 3)
     shutil.copy(toy / "Toy" / "Toy_TRAIN.ts", tmp_path / "Toy")
     status, out, _ = uea("--dataset", "Toy", "--data-dir", tmp_path, "--out", tmp_path / "r",
@@ -754,13 +750,10 @@ def test_the_test_split_cannot_reach_training_but_protocol_paper_reports_it(toy,
     ["--mixer", "none", "--optimizer", "adam"], ["--mixer", "softmax", "--pool", "flatten"],
     ["--basis", "monomial", "--order", 2, "--augment", 0, "--mixup", 0, "--kernel", 1]])
 def test_what_a_student_would_change_works(toy, tmp_path, flags):
-    status, _, err = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *SMALL,
-                         "--epochs", 1, *flags)
-    assert status == 0, err
+    flags = [*SMALL, "--epochs", 1, *flags]
+    assert uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *flags)[0] == 0
     settings = json.loads((tmp_path / "r" / "config.json").read_text())["settings"]
-    for name, value in zip(flags[::2], flags[1::2]):
-        assert settings[name[2:].replace("-", "_")] == value
-    assert (tmp_path / "r" / "filters.png").exists() == ("monomial" in flags)
+    assert all(settings[name[2:]] == value for name, value in zip(flags[-4::2], flags[-3::2]))
 
 def test_the_published_settings_are_those_of_the_paper(monkeypatch):
     kept = []
@@ -771,14 +764,11 @@ def test_the_published_settings_are_those_of_the_paper(monkeypatch):
     assert len(sets) == 10 and all((s.dim, s.norm, s.batch_size) == (512, "post", 8) for s in kept)
     vowels = sets["JapaneseVowels"]
     assert (vowels.basis, vowels.order, vowels.gamma) == ("legendre", 4, 0.01)
-    assert not vowels.identity and vowels.optimizer == "radam" and vowels.epochs == 100
+    assert (vowels.identity, vowels.optimizer, vowels.epochs) == (False, "radam", 100)
     assert sets["PEMS-SF"].epochs == 400 and sets["SpokenArabicDigits"].optimizer == "adam"
-    for setting in kept:                             # each is known, and builds
-        train_uea.check(train_uea.OPTIONS, vars(setting))
+    for setting in kept:                             # each builds
         recipe = vars(setting) | dict(dim=16, hidden=16)
         train_uea.make_model(recipe, dict(classes=["a", "b"], mean=[0.0], length=8))
-
-# ---------------------------------------------------------------------------- the estimator
 
 def test_all_of_aeons_checks_of_an_estimator_pass():
     from aeon.testing.estimator_checking import check_estimator
@@ -811,8 +801,6 @@ def test_arrays_in_labels_out_also_of_unequal_lengths_and_in_cross_validation():
 def test_a_wrong_parameter_is_a_value_error_that_names_it(wrong, word):
     with pytest.raises(ValueError, match=word):
         AGFClassifier(**TINY | wrong).fit(np.zeros((4, 1, 9)), np.array([0, 1, 0, 1]))
-
-# ---------------------------------------------------------------------------- stop and go on
 
 def stop_after(monkeypatch, count):
     """Ctrl-C right after so many checkpoints."""
@@ -895,60 +883,51 @@ def test_resume_meets_odd_folders_and_files_with_one_line(toy, run, tmp_path):
         one_line_error(uea("--resume", odd), str(odd))
 
 def test_a_full_disk_or_a_removed_folder_is_one_line(toy, run, tmp_path, monkeypatch):
-    out, real = tmp_path / "r", torch.save
-    flags = ["--dataset", "Toy", "--data-dir", toy, "--out", out, *SMALL]
-    calls = []
+    real, calls, flags = torch.save, [], ["--dataset", "Toy", "--data-dir", toy, *SMALL, "--out"]
 
     def full(state, path):
         calls.append(path)
         if len(calls) == 2:
-            Path(path).write_bytes(b"half")
             raise RuntimeError("unexpected pos 64 vs 0")
         real(state, path)
-    monkeypatch.setattr(torch, "save", full)
-    one_line_error(uea(*flags), "seed-0.pt", "disk")
-    monkeypatch.undo()
-    assert uea("--resume", out, "--data-dir", toy)[0] == 0
-    assert result_of(out)["test_accuracy"] == result_of(run)["test_accuracy"][:1]
 
     def gone(state, path):
         shutil.rmtree(tmp_path / "s")
         real(state, path)
-    monkeypatch.setattr(torch, "save", gone)
-    one_line_error(uea(*flags[:4], "--out", tmp_path / "s", *SMALL), "seed-0.pt", "folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        one_line_error(uea(*flags, tmp_path / "r"), "seed-0.pt", "disk")
+        patch.setattr(torch, "save", gone)
+        one_line_error(uea(*flags, tmp_path / "s"), "seed-0.pt", "folder")
+    assert uea("--resume", tmp_path / "r")[0] == 0
+    assert result_of(tmp_path / "r")["test_accuracy"] == result_of(run)["test_accuracy"][:1]
 
 def test_two_runs_never_share_a_folder(toy, run, tmp_path, monkeypatch):
     before = (run / "result.json").read_text()
-    one_line_error(uea("--dataset", "Toy", "--data-dir", toy, *SMALL, "--out", run), "there already")
+    one_line_error(uea("--dataset", "Toy", "--data-dir", toy, *SMALL, "--out", run), "is there")
     assert (run / "result.json").read_text() == before
     monkeypatch.chdir(tmp_path)
     settings = train_uea.settle("", train_uea.OPTIONS, {}, {})
     made = [train_uea.open_run("train_uea.py", settings, "100%d", "x") for _ in range(20)]
     assert len(set(made)) == 20 and all("100%d" in str(folder) for folder in made)
-    settings.out, ends = str(tmp_path / "one"), []
+    settings.out, wins = str(tmp_path / "one"), []
 
-    def race():
-        try:
-            train_uea.open_run("train_uea.py", settings, "Toy", "x")
-            ends.append("mine")
-        except train_uea.UserError:
-            ends.append("refused")
-    threads = [threading.Thread(target=race) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert sorted(ends) == ["mine"] + ["refused"] * 7
-
-# ---------------------------------------------------------------------------- predict
+    def race(_):
+        with contextlib.suppress(train_uea.UserError):
+            wins.append(train_uea.open_run("train_uea.py", settings, "Toy", "x"))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(race, range(8)))
+    assert len(wins) == 1
 
 def test_predict_writes_labels_and_probabilities(toy, run):
     status, out, err = uea("--predict", toy / "Toy" / "Toy_TEST.ts", "--checkpoint", run)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert status == 0 and list(rows[0]) == ["series", "label", "p(a)", "p(b)"], err
-    assert [row["series"] for row in rows] == [str(i + 1) for i in range(24)]
-    assert all(float(r["p(a)"]) + float(r["p(b)"]) == pytest.approx(1, abs=1e-5) for r in rows)
-    assert all(r["label"] == ("a" if float(r["p(a)"]) > float(r["p(b)"]) else "b") for r in rows)
+    for row in rows:
+        assert float(row["p(a)"]) + float(row["p(b)"]) == pytest.approx(1, abs=1e-5)
+        assert row["label"] == ("a" if float(row["p(a)"]) > float(row["p(b)"]) else "b")
     accuracy = np.mean([r["label"] == "ab"[i % 2] for i, r in enumerate(rows)])
-    assert accuracy == result_of(run)["test_accuracy"][0]
+    assert len(rows) == 24 and accuracy == result_of(run)["test_accuracy"][0]
 
 def test_predict_takes_unlabelled_series_files_of_any_name_and_missing_values(run, tmp_path):
     lines = ["1,2,3:4,5,6", "1,2:4,5", "", "7:8", "  ", "1,NaN,3,?:4,5,6,7", "?,?:1,nan"]
@@ -967,26 +946,21 @@ def test_a_wrong_checkpoint_is_refused(toy, run, tmp_path):
     one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "no.pt"), "no.pt", "No such")
     one_line_error(uea("--predict", file, "--checkpoint", toy), str(toy))
     one_line_error(uea("--predict", file), "--checkpoint")
-
-def test_a_run_with_a_mixer_of_ones_own_is_unknown_in_another_process(toy, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:      # a mixer of one's own, gone in a new process
         patch.setitem(agf.MIXERS, "mine", agf.MIXERS["none"])
-        assert uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *SMALL,
-                   "--mixer", "mine")[0] == 0
-    file = toy / "Toy" / "Toy_TEST.ts"
+        flags = ["--out", tmp_path / "r", *SMALL, "--mixer", "mine"]
+        assert uea("--dataset", "Toy", "--data-dir", toy, *flags)[0] == 0
     one_line_error(uea("--predict", file, "--checkpoint", tmp_path / "r"), "'mine'", "unknown")
-
-# ---------------------------------------------------------------------------- odd input
 
 GOOD = ["1,2,3:4,5,6:a", "2,3,4:1,2,3:b", "1,2:4,5:a"]
 
 def bad(*lines, more=""):
     return ts("Bad", [*GOOD, *lines], more=more)
 
-STAMPS = ts("Bad", ["(0,-1.5),(1,2e-3):(0,1),(1,2):a", "(2020-01-01 00:00,1):(2020-01-01 00:00,2):b"])
+STAMPS = ts("Bad", ["(0,-1.5),(1,2e-3):(0,1),(1,2):a", "(2020-01-01,1):(2020-01-02,2):b"])
 
 @pytest.mark.parametrize("text, word", [
-    ("", "Bad_TRAIN.ts"), ("nonsense", "Bad_TRAIN.ts"), (b"\xff\xfe@\0d\0a\0t\0a\0", "Bad_TRAIN.ts"),
+    ("", "missing"), ("nonsense", "missing"), (b"\xff\xfe@\0d\0a\0t\0a\0", "missing"),
     (bad()[:-3], "series 3"), (ts("Bad", []), "no series"), (ts("Bad", GOOD[:1] * 3), "same label"),
     (ts("Bad", ["1,2:3,4"] * 2, labels=""), "labels are missing"),
     (bad().replace("@classLabel true a b\n", ""), "labels are missing"),
@@ -996,19 +970,18 @@ STAMPS = ts("Bad", ["(0,-1.5),(1,2e-3):(0,1),(1,2):a", "(2020-01-01 00:00,1):(20
     (bad("1,x:3,4:a"), "'x'"), (ts("Bad", ["a", *GOOD]), "series 1"),
     (bad("1,2,3:a"), "1 channels"), (bad("1,2:3,4:5,6:a"), "3 channels"),
     (bad(more="@dimensions 3"), "2 channels"), (bad(more="@targetLabel true"), "regression"),
-    (STAMPS, "series 1"), *((STAMPS.replace("@timeStamps false", line), "timestamps") for line in (
-        "@timeStamps true", "@TIMESTAMPS  TRUE", "@timestamps\ttrue", "@timeStamps", "@timeStamp yes"))])
+    (STAMPS, "series 1"), *((STAMPS.replace("@timeStamps false", line), "timestamps") for line in [
+        "@timeStamps true", "@TIMESTAMPS  TRUE", "@timestamps\ttrue", "@timeStamps", "@timeStamp y"])])
 def test_a_damaged_file_gets_one_clear_line_and_no_run_folder(tmp_path, text, word):
     write_set(tmp_path, "Bad", GOOD, GOOD)
     file = tmp_path / "Bad" / "Bad_TRAIN.ts"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = uea("--dataset", "Bad", "--data-dir", tmp_path, "--out", tmp_path / "r", *SMALL)
-    one_line_error(result, word)
-    assert word == "same label" or str(file) in result[2]
+    one_line_error(result, word, "" if word == "same label" else str(file))
     assert not (tmp_path / "r").exists()
 
-def fitted(tmp_path, train, test, *flags, labels="a b", more=""):
-    write_set(tmp_path / "d", "Odd", train, test, labels, more)
+def fitted(tmp_path, train, test, *flags, labels="a b"):
+    write_set(tmp_path / "d", "Odd", train, test, labels)
     status, _, err = uea("--dataset", "Odd", "--data-dir", tmp_path / "d", "--out", tmp_path / "r",
                          *SMALL, "--epochs", 15, "--mixup", 0, "--lr", 0.01, *flags)
     assert status == 0, err
@@ -1076,23 +1049,22 @@ def test_a_set_that_is_not_here_is_told_truly(tmp_path, monkeypatch):
     write_set(tmp_path, "Odd", GOOD, ["1,2:3,4:c"], labels="a b c")
     one_line_error(uea("--dataset", "Odd", "--data-dir", tmp_path), "Odd_TEST.ts", "'c'")
 
-def test_list_names_exactly_what_dataset_finds(tmp_path, monkeypatch):
+def test_list_names_exactly_what_dataset_finds(tmp_path):
     write_set(tmp_path, "100%d", GOOD, GOOD)
-    write_set(tmp_path, "Long", GOOD, GOOD, more="\n".join(["# " + "x" * 500] * 300))
+    write_set(tmp_path, "Long", GOOD, GOOD)
+    with open(tmp_path / "Long" / "Long_TRAIN.ts", "r+b") as file:
+        file.truncate(2**32)                         # a sparse file of 4 GB: never read whole
     (tmp_path / "Half").mkdir()
     (tmp_path / "Half" / "Half_TRAIN.ts").write_text(ts("Half", GOOD))
     (tmp_path / "Dir" / "Dir_TRAIN.ts").mkdir(parents=True)
     os.symlink(tmp_path / "nowhere", tmp_path / "Gone")
-    with open(tmp_path / "Long" / "Long_TRAIN.ts", "r+b") as file:
-        file.truncate(2**32)          # a sparse file of 4 GB: never read whole
     begin = time.monotonic()
     status, out, _ = uea("--list", "--data-dir", tmp_path)
-    shipped = {"BasicMotions", "JapaneseVowels"}
-    listed = set(out.split())
-    assert status == 0 and listed >= shipped | {"100%d", "Long"} and time.monotonic() - begin < 5
-    assert not listed & {"Half", "Dir", "Gone"}
-    monkeypatch.chdir(tmp_path)
-    assert uea("--dataset", "100%d", "--data-dir", tmp_path, *SMALL)[0] == 0
+    assert status == 0 and time.monotonic() - begin < 5
+    assert set(out.split()) >= {"BasicMotions", "JapaneseVowels", "100%d", "Long"}
+    assert not set(out.split()) & {"Half", "Dir", "Gone"}
+    flags = ["--data-dir", tmp_path, "--out", tmp_path / "r", *SMALL]
+    assert uea("--dataset", "100%d", *flags)[0] == 0
 
 @pytest.mark.parametrize("flags, word", [
     (["--order", -1], "order"), (["--heads", 3], "heads must"), (["--order", "many"], "many"),
@@ -1103,7 +1075,7 @@ def test_list_names_exactly_what_dataset_finds(tmp_path, monkeypatch):
     (["--augment", 50], "augment"), (["--see", 1], "--see"), (["--pool", "max"], "pool"),
     (["--dropout", 1.5], "dropout"), (["--mixup", "inf"], "mixup"), (["--clip", 0], "clip"),
     (["--gamma", 1e30], "gamma"), (["--batch-size", 10**30], "batch_size"),
-    (["--optimizer", "sgd"], "optimizer"), (["--kernel", 4], "kernel"), (["--dim", 4 * 10**8], "built"),
+    (["--optimizer", "sgd"], "optimizer"), (["--kernel", 4], "kernel"), (["--dim", 10**9], "built"),
     (["--out", "/dev/null/run"], "/dev/null/run")])
 def test_a_mistaken_option_gets_one_clear_line_that_blames_it(toy, tmp_path, flags, word):
     result = uea("--dataset", "Toy", "--data-dir", toy, "--out", tmp_path / "r", *flags)
