@@ -44,13 +44,13 @@ CLASSES = dict(listops=10, text=2, retrieval=2, image=10, pathfinder=2)
 PRESETS = dict(paper={}, laptop=dict(lr=1e-3, batch_size=32, steps=1500, warmup=0.1))
 QUICK = dict(length=256, batch_size=8, steps=30)
 OPTIONS = RUN | MODEL | dict(
-    task=Option(str, "one of " + ", ".join(TASKS), TASKS),
+    task=Option("", "one of " + ", ".join(TASKS), TASKS),
     preset=Option("paper", "laptop: a short schedule for a CPU", PRESETS),
     quick=Option(False, "end to end in under a minute, on toy data"),
-    steps=Option(int, "training steps", (1, 10**8)),
+    steps=Option(0, "training steps", (1, 10**8)),
     warmup=Option(0.1, "share of the steps in which the rate goes up", (0, 1)),
-    length=Option(int, "longest input, in tokens; what is longer is cut", (1, 10**6)),
-    micro_batch=Option(int, "samples in memory at once; gradients add up", (1, 10**6)))
+    length=Option(0, "longest input, in tokens; what is longer is cut", (1, 10**6)),
+    micro_batch=Option(0, "samples in memory at once; 0: all of a step", (0, 10**6)))
 
 # ------------------------------------------------------------------------- ListOps: making it
 
@@ -405,21 +405,19 @@ def settings(argv):
     """Command line -> all settings of a run."""
     given = train_uea.parse(OPTIONS, argv, __doc__)
     if "resume" in given:
-        return train_uea.resumed("train_lra.py", OPTIONS, given)
+        return train_uea.settle("train_lra.py", OPTIONS, {}, given)
     if "task" not in given:
         raise UserError(f"which task? --task {', '.join(TASKS)}")
     preset = SHARED | dict(zip(COLUMNS, TASKS[given["task"]]))
     preset |= PRESETS[given.get("preset", "paper")] | (QUICK if given.get("quick") else {})
-    return train_uea.settle(OPTIONS, preset, given)
+    return train_uea.settle("train_lra.py", OPTIONS, preset, given)
 
 def start(argv):
     s, world = settings(argv), find_processes()
     rank, processes, local = world
     own_gpu = processes > 1 and s.device == "auto" and torch.cuda.is_available()
-    device, reason = train_uea.pick_device(f"cuda:{local}" if own_gpu else s.device)
+    device, reason = train_uea.pick_device(f"cuda:{local}" if own_gpu else s.device, s.compile)
     parameters = sum(p.numel() for p in make_model(s).parameters())
-    if s.compile:
-        train_uea.check_compiler(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if processes > 1:
@@ -439,8 +437,7 @@ def start(argv):
     if processes > 1:
         distributed.destroy_process_group()
     if rank == 0:
-        sample = batch(splits[2], torch.arange(min(64, len(splits[2][0]))), device)[:2]
-        train_uea.finish(out, [state for state, _ in done], done[0][1], sample, facts)
+        train_uea.finish(out, [state for state, _ in done], done[0][1], facts)
         print(*facts["notes"], sep="\n")
 
 def main(argv=None):
