@@ -273,7 +273,7 @@ def read(path, need_labels=True):
             if key == "@data":
                 break
         if need_labels and not classes:
-            raise UserError(f"{path}: the labels are missing (no '@classLabel true ...')")
+            raise UserError(f"{path}: no line '@classLabel true ...' above a line @data")
         for line in file:
             fields = line.strip().split(":")
             if fields == [""] or line.startswith("#"):
