@@ -108,9 +108,9 @@ def check(table, values):
     for name, value in values.items():
         limits = table[name].limits
         if limits and isinstance(value, str) and value not in limits:
-            raise UserError(f"{name} {value}: not one of {', '.join(limits)}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: not one of {', '.join(limits)}")
         if limits and not isinstance(value, str) and not limits[0] <= value <= limits[1]:
-            raise UserError(f"{name} {value}: not from {limits[0]} to {limits[1]}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: not {limits[0]} to {limits[1]}")
     return values
 
 def settle(script, table, preset, given):
@@ -125,7 +125,7 @@ def settle(script, table, preset, given):
             raise ValueError("other options")
     for name, value in given.items():
         if name not in ("device", "data_dir") and value != old[name]:
-            raise UserError(f"--resume keeps the run's {name} {old[name]}: leave it out")
+            raise UserError(f"--resume keeps --{name.replace('_', '-')} {old[name]}: leave it out")
     return argparse.Namespace(**old | given, data=config.get("data"))
 
 def guard(script, work, argv):
@@ -273,7 +273,7 @@ def read(path, need_labels=True):
             if key == "@data":
                 break
         if need_labels and not classes:
-            raise UserError(f"{path}: the labels are missing (no '@classLabel true ...')")
+            raise UserError(f"{path}: no line '@classLabel true ...' above a line @data")
         for line in file:
             fields = line.strip().split(":")
             if fields == [""] or line.startswith("#"):
