@@ -638,7 +638,8 @@ def test_the_python_examples_of_the_readme_run_as_printed(tmp_path, monkeypatch)
     names["y"] = np.array(["a", "b", "c"] * 3)
     for block in blocks:                                     # as printed, but for a short training
         exec(block.replace("AGFClassifier()", "AGFClassifier(epochs=1)"), names)
-    assert len(blocks) == 2 and names["shares"].shape == (4, 3) and set(names["labels"]) <= set("abc")
+    assert len(blocks) == 2 and names["shares"].shape == (4, 3)
+    assert set(names["labels"]) <= set("abc")
     assert names["out"].shape == (8, 100, 64) and names["logits"].shape == (8, 9)
 
 def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
@@ -964,6 +965,12 @@ def test_a_channel_that_is_constant_in_train_is_not_blown_up():
     assert data["std"][1] == 1 and data["std"][0] > 1
     moved, _, _ = train_uea.encode([X[0] + 0.01], data, "X")
     assert abs(moved[0, :, 1] - 0.01).max() < 1e-6
+
+def test_missing_values_are_filled_along_time_and_a_channel_without_any_by_its_mean():
+    data = dict(classes=["a"], length=4, mean=[1.0, 2.0], std=[2.0, 1.0])
+    nan = math.nan
+    x, keep, _ = train_uea.encode([np.array([[1, nan, nan, 7], [nan] * 4])], data, "X")
+    assert torch.equal(x[0, :, 0], torch.tensor([0.0, 1.0, 2.0, 3.0])) and not x[0, :, 1].any()
 
 def test_what_predict_cannot_use_is_refused_with_file_and_series_never_nan(run, tmp_path):
     texts = [ts("New", [GOOD[0], f"1,{value},3:4,5,6:b"])
