@@ -184,7 +184,7 @@ def pick_device(name, compile=False):
     with told(f"--device {name}{' --compile' if compile else ''}: not usable here"):
         device, reason = agf.choose_device(name)
         probe = torch.compile(torch.nn.Softsign()) if compile else torch.nn.Softsign()
-        return probe(torch.zeros(1, device=device)).device, reason
+        return probe(torch.zeros(2, device=device)).device, reason
 
 def build(make, **settings):
     """make(AGFConfig) from the settings that are its fields. What cannot be built is one line."""
