@@ -9,6 +9,7 @@ Protocol: a fixed number of epochs on the whole train split, then one pass over 
 import argparse
 import copy
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -108,9 +109,9 @@ def check(table, values):
     for name, value in values.items():
         limits = table[name].limits
         if limits and isinstance(value, str) and value not in limits:
-            raise UserError(f"{name} {value}: not one of {', '.join(limits)}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: not one of {', '.join(limits)}")
         if limits and not isinstance(value, str) and not limits[0] <= value <= limits[1]:
-            raise UserError(f"{name} {value}: not from {limits[0]} to {limits[1]}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: not {limits[0]} to {limits[1]}")
     return values
 
 def settle(script, table, preset, given):
@@ -125,7 +126,7 @@ def settle(script, table, preset, given):
             raise ValueError("other options")
     for name, value in given.items():
         if name not in ("device", "data_dir") and value != old[name]:
-            raise UserError(f"--resume keeps the run's {name} {old[name]}: leave it out")
+            raise UserError(f"--resume keeps --{name.replace('_', '-')} {old[name]}: leave it out")
     return argparse.Namespace(**old | given, data=config.get("data"))
 
 def guard(script, work, argv):
@@ -183,7 +184,7 @@ def pick_device(name, compile=False):
     with told(f"--device {name}{' --compile' if compile else ''}: not usable here"):
         device, reason = agf.choose_device(name)
         probe = torch.compile(torch.nn.Softsign()) if compile else torch.nn.Softsign()
-        return probe(torch.zeros(1, device=device)).device, reason
+        return probe(torch.zeros(2, device=device)).device, reason
 
 def build(make, **settings):
     """make(AGFConfig) from the settings that are its fields. What cannot be built is one line."""
@@ -250,7 +251,8 @@ def read_both(name, data_dir):
     folder = sets_here(data_dir).get(name, Path(data_dir, name))
     if not folder.exists():
         if name not in tsc_datasets.tsc_zenodo:
-            raise UserError(f"unknown data set {name!r}: --list names the sets that are here")
+            near = difflib.get_close_matches(name, tsc_datasets.tsc_zenodo, 3, 0.5)
+            raise UserError(f"unknown data set {name!r}: {' or '.join([*near, '--list'])}?")
         print(f"downloading {name} with aeon, which shows no progress")
         url = f"https://timeseriesclassification.com/aeon-toolkit/{name}.zip"
         with told(f"could not download {name}: unpack {url} into {folder} by hand"):
@@ -273,7 +275,7 @@ def read(path, need_labels=True):
             if key == "@data":
                 break
         if need_labels and not classes:
-            raise UserError(f"{path}: the labels are missing (no '@classLabel true ...')")
+            raise UserError(f"{path}: no line '@classLabel true ...' above a line @data")
         for line in file:
             fields = line.strip().split(":")
             if fields == [""] or line.startswith("#"):
@@ -313,10 +315,13 @@ def encode(X, data, source, y=()):
     for i, x in enumerate(X, start=1):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
-        scaled = (x[:, :data["length"]] - mean) / std              # in float64: for large means
+        x = x[:, :data["length"]]
+        if np.isnan(x).any():         # missing: along time; a channel without any value: its mean
+            x = pandas.DataFrame(x).interpolate(axis=1, limit_direction="both").to_numpy()
+        scaled = (x - mean) / std     # in float64: for large means
         if np.isinf(x).any() or (abs(scaled) > 1e9).any():         # float32 squares fit up to 1e19
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
-        series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))  # missing: mean
+        series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))
     sizes = torch.tensor([len(x) for x in series])
     keep = torch.arange(max(sizes)) < sizes[:, None]
     with told(f"{source}: a label that no train series has", ValueError):
@@ -497,8 +502,9 @@ def run(s):
     size = sum(p.numel() for p in model.parameters())
     facts = dict(dataset=s.dataset, mixer=s.mixer, preset=s.preset, protocol=s.protocol,
                  parameters=size, device=f"{device} ({reason})")
-    print(facts)
     out = open_run("train_uea.py", s, s.dataset, fingerprint(*X, y, *test_X, test_y))
+    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
+    print(f"run folder {out} (if it stops: --resume {out})", flush=True)
     states, shares = [], 0
     for seed in range(s.seed, s.seed + s.seeds):
         one = AGFClassifier(**recipe, random_state=seed, device=s.device, compile=s.compile)
@@ -511,7 +517,8 @@ def run(s):
         if s.protocol == "paper":
             result["best_test_accuracy"] = max(row["test_accuracy"] for row in one.history_)
             facts["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
-        print(result, facts.get("best_test_accuracy_label", ""), flush=True)
+        print(*(f"{key} {value:.4g}" for key, value in result.items()), sep=", ", end="  ")
+        print(facts.get("best_test_accuracy_label", ""), flush=True)
         states.append(dict(history=one.history_, result=result))
     if s.seeds > 1:
         facts["ensemble_accuracy"] = np.mean(one.classes_[shares.argmax(1)] == test_y).item()
