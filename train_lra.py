@@ -431,7 +431,7 @@ def start(argv):
     if rank == 0:
         mark = train_uea.fingerprint(*(t for split in splits for t in split))
         out = train_uea.open_run("train_lra.py", s, f"{s.task}-{s.mixer}", mark)
-        print(facts, f"run folder {out}: if it stops, --resume it", sep="\n", flush=True)
+        print(facts, flush=True)
     done = [train(s, splits, world, device, seed, out / f"seed-{seed}.pt")
             for seed in range(s.seed, s.seed + s.seeds)]
     if processes > 1:
