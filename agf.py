@@ -152,10 +152,10 @@ class Polynomial(ByHand):
 
 def horner(y, c):
     """c_0 + y (c_1 + y (c_2 + ...)), in one buffer: a new tensor for each degree costs more."""
-    p = torch.zeros_like(y).add_(c[-1])
-    for c_j in c.flip(0)[1:]:
-        p.mul_(y).add_(c_j)
-    return p
+    p = y * c[-1] if len(c) > 1 else torch.zeros_like(y)
+    for c_j in c[1:-1].flip(0):
+        p.add_(c_j).mul_(y)
+    return p.add_(c[0])
 
 def at_least_float32(x):
     """Half precision goes up to float32; float32 and float64 stay."""
@@ -205,7 +205,7 @@ class AGFAttention(nn.Module):
         self.U_proj, self.V_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.value_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.filter = filter
-        if order > 0 and filter is None:
+        if order != 0 and filter is None:
             self.filter = JacobiFilter(order, basis, a, b, identity)
         if self.filter is not None:
             self.s_proj = nn.Linear(dim, dim)

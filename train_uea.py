@@ -241,8 +241,11 @@ def sets_here(data_dir):
     """-> {name: folder} of the sets that need no download: what aeon ships, and over it yours."""
     found = {}
     for folder in [*SHIPPED.glob("*"), *Path(data_dir).glob("*")]:
-        if all((folder / f"{folder.name}_{split}.ts").is_file() for split in ("TRAIN", "TEST")):
-            found[folder.name] = folder
+        train, test = (folder / f"{folder.name}_{split}.ts" for split in ("TRAIN", "TEST"))
+        if train.is_file() and test.is_file():
+            with open(train, errors="replace") as file:      # not those for regression
+                if "@classlabel true" in " ".join(file.read(10**6).lower().split()):
+                    found[folder.name] = folder
     return found
 
 def read_both(name, data_dir):
@@ -322,6 +325,8 @@ def encode(X, data, source, y=()):
         if np.isinf(x).any() or (abs(scaled) > 1e9).any():         # float32 squares fit up to 1e19
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
         series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))
+    if cut := sum(x.shape[1] > data["length"] for x in X):
+        print(f"{source}: {cut} series cut to the longest of the train split", file=sys.stderr)
     sizes = torch.tensor([len(x) for x in series])
     keep = torch.arange(max(sizes)) < sizes[:, None]
     with told(f"{source}: a label that no train series has", ValueError):
@@ -503,8 +508,7 @@ def run(s):
     facts = dict(dataset=s.dataset, mixer=s.mixer, preset=s.preset, protocol=s.protocol,
                  parameters=size, device=f"{device} ({reason})")
     out = open_run("train_uea.py", s, s.dataset, fingerprint(*X, y, *test_X, test_y))
-    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
-    print(f"run folder {out} (if it stops: --resume {out})", flush=True)
+    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n", flush=True)
     states, shares = [], 0
     for seed in range(s.seed, s.seed + s.seeds):
         one = AGFClassifier(**recipe, random_state=seed, device=s.device, compile=s.compile)
