@@ -43,8 +43,10 @@ RUN = dict(
     device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
     seed=Option(0, "the first seed", (0, 2**31 - 1)), seeds=Option(1, "how many", (1, 1000)))
 MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
-    mixer="agf", basis="jacobi", a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4,
-    hidden=256, dropout=0.0, norm="pre", pool="mean").items()} | dict(
+    a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4, hidden=256, dropout=0.0, norm="pre",
+    pool="mean").items()} | dict(
+    mixer=Option("agf", "agf, uv (Sigma = 1), usv (p(s) = s), softmax, or none", agf.MIXERS),
+    basis=Option("jacobi", "of the filter: jacobi, legendre, chebyshev, monomial", agf.BASES),
     order=Option(5, "degree K", (0, 100)), batch_size=Option(16, "of a step", (1, 10**6)),
     lr=Option(1e-3, "peak rate", (1e-12, 100)), gamma=Option(1.0, "weight of ortho", (0, 1e4)))
 RECIPE = MODEL | dict(
@@ -223,16 +225,19 @@ def draw(out, histories, model, title):
     for ax, name in zip(figure.subplots(1, len(names)), names):
         for rows in histories:
             ax.plot([row["step"] for row in rows], [row[name] for row in rows])
-        ax.set(xlabel="step", ylabel=name, ylim=(0, None))
+        top = max(row[name] for rows in histories for row in rows)
+        ax.set(xlabel="step", ylabel=name, ylim=(0, 1.1 * top or 1))    # from 0, not zoomed in
     figure.suptitle(title)
     figure.savefig(out / "curves.png", dpi=120)
     filters = [b.mixer.filter for b in model.cpu().blocks if getattr(b.mixer, "filter", None)]
     if filters:
-        figure, s = Figure(layout="constrained"), torch.linspace(0, 1, 201)
+        figure, s = Figure(figsize=(4.5, 3.2), layout="constrained"), torch.linspace(0, 1, 201)
         ax = figure.subplots()
-        for p in filters:
-            ax.plot(s, p(s).detach())
-        ax.set(xlabel="singular value s", ylabel="p(s), one line a layer")
+        for layer, p in enumerate(filters, start=1):
+            ax.plot(s, p(s).detach(), label=f"layer {layer}")
+        ax.axhline(0, color="0.8")
+        ax.legend()
+        ax.set(xlabel="singular value s", ylabel="learned filter p(s)")
         figure.savefig(out / "filters.png", dpi=120)
 
 # ---------------------------------------------------------------------------------------- data
