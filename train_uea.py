@@ -519,7 +519,8 @@ def run(s):
         one = AGFClassifier(**recipe, random_state=seed, device=s.device, compile=s.compile)
         one.save_to, one.watch = out / f"seed-{seed}.pt", test if s.protocol == "paper" else None
         one.fit(X, np.array(y))
-        shares = shares + one._predict_proba(test_X)
+        logits = agf.evaluate(one.model_, batches(*test[:2], 128, device))
+        shares = shares + logits.softmax(1).numpy()
         result = dict(seed=seed, epochs=len(one.history_), train_seconds=round(one.seconds_, 2),
                       test_accuracy=accuracy(one.model_, test, device),
                       test_accuracy_mixers_off=accuracy(without_mixers(one.model_), test, device))
