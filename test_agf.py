@@ -660,7 +660,7 @@ def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
     for name, p in mixer.named_parameters():
         torch.testing.assert_close(ranks[0]["parameters"][name], p.grad, atol=1e-10, rtol=1e-7)
 
-# ---------------------------------------------------------------- python train_uea.py, AGFClassifier
+# -------------------------------------------------------------- python train_uea.py, AGFClassifier
 
 def ts(name, lines, labels="true a b", more="@missing false"):
     head = [f"@problemName {name}", "@timeStamps false", more, f"@classLabel {labels}", "@data"]

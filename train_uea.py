@@ -157,7 +157,7 @@ def open_run(script, s, name, data):
     with told(f"{out} is there already: another --out, or --resume {out}", FileExistsError):
         out.mkdir(parents=True)       # of two runs at once, only one can make it
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    (out / "config.json").write_text(json.dumps(dict(
+    write(out / "config.json", json.dumps(dict(
         script=script, command=" ".join(["python", *sys.argv]), date=date, versions=versions,
         data=data, settings=vars(s)), indent=2))
     print(f"run folder {out}; should it stop, --resume {out} goes on", flush=True)
@@ -170,8 +170,14 @@ def fingerprint(*parts):
         digest.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
     return digest.hexdigest()[:16]
 
+def write(path, text):
+    """The whole file or none: a crash leaves the old one."""
+    part = Path(f"{path}.part")
+    part.write_text(text)
+    part.replace(path)
+
 def save(path, state):
-    """The whole checkpoint or none: a crash leaves the old one."""
+    """The whole checkpoint or none."""
     with told(f"cannot write {path}: disk full, folder gone?"):
         torch.save(state, f"{path}.part")
         Path(f"{path}.part").replace(path)
@@ -210,10 +216,10 @@ def finish(out, states, model, facts):
     text = f"test accuracy {100 * score.mean():.2f} %"
     text += f" +- {100 * spread:.2f} (std, n = {len(score)})" if len(score) > 1 else ""
     rows = [json.dumps(row) + "\n" for history in histories for row in history]
-    (out / "metrics.jsonl").write_text("".join(rows))
+    write(out / "metrics.jsonl", "".join(rows))
     draw(out, histories, model, f"{facts['mixer']}: {text}")
     config = json.loads((out / "config.json").read_text())
-    (out / "result.json").write_text(json.dumps(config | facts | columns | dict(
+    write(out / "result.json", json.dumps(config | facts | columns | dict(
         test_accuracy_mean=score.mean().item(), test_accuracy_std=spread), indent=2))
     print(f"{text}; see {out}")
 
