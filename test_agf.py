@@ -442,6 +442,20 @@ def test_no_samples_or_no_tokens_give_an_empty_output(name, B, n):
     series = agf.AGFTransformer(small(mixer=name, kernel=3))
     assert series(torch.randn(0, 5, 2))[0].shape == (0, 3)
 
+def test_torch_func_gives_the_gradient_of_each_sample():
+    mixer, x = agf.AGFAttention(8, 2), torch.randn(3, 5, 8)
+    nn.init.normal_(mixer.filter.theta)
+    params = dict(mixer.named_parameters())
+
+    def loss(params, one):
+        out, ortho = torch.func.functional_call(mixer, params, (one[None],))
+        return out.square().sum() + ortho.sum()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    for i, one in enumerate(x):
+        alone = torch.autograd.grad(loss(params, one), list(params.values()))
+        for found, expected in zip(each.values(), alone):
+            torch.testing.assert_close(found[i], expected)
+
 def test_gradient_checkpointing_has_the_same_gradients():
     from torch.utils.checkpoint import checkpoint
     mixer, x = agf.AGFAttention(16, 2), torch.randn(2, 9, 16, requires_grad=True)
