@@ -386,15 +386,14 @@ def train(s, splits, world, device, seed, path):
             best = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             state |= dict(best=dev, best_step=step + 1, best_model=best)
         if rank == 0:
-            train_uea.save(path, state)
+            train_uea.write(path, state)
             bar.write(f"seed {seed}, step {step + 1}: loss {loss:.4f}, dev {100 * dev:.2f} %")
         sums, begin = torch.zeros_like(sums), time.perf_counter()
 
     model.load_state_dict(state["best_model"])
-    test, off = (accuracy(each, test_split, micro, world, device)
-                 for each in (model, train_uea.without_mixers(model)))
+    test = accuracy(model, test_split, micro, world, device)
     state["result"] = dict(
-        seed=seed, test_accuracy=test, test_accuracy_mixers_off=off, dev_accuracy=state["best"],
+        seed=seed, test_accuracy=test, dev_accuracy=state["best"],
         best_step=state["best_step"], train_seconds=round(state["seconds"], 2),
         peak_cuda_mb=torch.cuda.max_memory_allocated() >> 20)
     return state, model

@@ -7,7 +7,6 @@ Protocol: a fixed number of epochs on the whole train split, then one pass over 
 `--protocol paper` adds what the field reports, the best epoch on the test split, and labels it."""
 
 import argparse
-import copy
 import dataclasses
 import difflib
 import hashlib
@@ -17,10 +16,13 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -51,6 +53,7 @@ MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
     lr=Option(1e-3, "peak rate", (1e-12, 100)), gamma=Option(1.0, "weight of ortho", (0, 1e4)))
 RECIPE = MODEL | dict(
     epochs=Option(0, "passes over the train split; 0: 600 steps, at least 10 passes", (0, 10**6)),
+    stem=Option(0, "before it, convolutions of four widths, with so many channels each", (0, 10**4)),
     kernel=Option(11, "steps of time in one token"), clip=Option(1.0, "of gradients", (1e-6, 1e6)),
     max_tokens=Option(64, "stride to have at most so many tokens, 0 = no stride", (0, 10**6)),
     scale=Option(False, "see agf.AGFConfig"), zero_init=Option(True, "see agf.AGFConfig"),
@@ -170,17 +173,15 @@ def fingerprint(*parts):
         digest.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
     return digest.hexdigest()[:16]
 
-def write(path, text):
-    """The whole file or none: a crash leaves the old one."""
+def write(path, what):
+    """A text or a checkpoint: the whole file or none, so a crash leaves the old one."""
     part = Path(f"{path}.part")
-    part.write_text(text)
-    part.replace(path)
-
-def save(path, state):
-    """The whole checkpoint or none."""
     with told(f"cannot write {path}: disk full, folder gone?"):
-        torch.save(state, f"{path}.part")
-        Path(f"{path}.part").replace(path)
+        if isinstance(what, str):
+            part.write_text(what)
+        else:
+            torch.save(what, part)
+        part.replace(path)
 
 def load(path):
     """weights_only: a file from a stranger brings numbers, never code."""
@@ -191,7 +192,7 @@ def pick_device(name, compile=False):
     """-> (torch.device with its number, the reason for it), both tried out, and torch.compile."""
     with told(f"--device {name}{' --compile' if compile else ''}: not usable here"):
         device, reason = agf.choose_device(name)
-        probe = torch.compile(torch.nn.Softsign()) if compile else torch.nn.Softsign()
+        probe = torch.compile(nn.Softsign()) if compile else nn.Softsign()
         return probe(torch.zeros(2, device=device)).device, reason
 
 def build(make, **settings):
@@ -199,13 +200,6 @@ def build(make, **settings):
     names = {field.name for field in dataclasses.fields(agf.AGFConfig)}
     with told("this model cannot be built", (ValueError, RuntimeError)):  # or memory is too small
         return make(agf.AGFConfig(**{k: v for k, v in settings.items() if k in names}))
-
-def without_mixers(model):
-    """A copy whose mixers output zero: how much of the accuracy is theirs?"""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        block.mixer = agf.NoMixer()
-    return model
 
 def finish(out, states, model, facts):
     """metrics.jsonl (the `history` of each seed's state), result.json (`result`), the pictures."""
@@ -385,9 +379,24 @@ def accuracy(model, split, device):
     logits = agf.evaluate(model, batches(*split[:2], 128, device))
     return (logits.argmax(1) == split[2]).double().mean().item()
 
+class StemTransformer(agf.AGFTransformer):
+    """Convolutions of four widths side by side, then the model: it sees shapes of four sizes."""
+
+    def __init__(self, stem, config):
+        super().__init__(dataclasses.replace(config, channels=4 * stem))
+        self.scales = nn.ModuleList(nn.Conv1d(config.channels, stem, width, padding=width // 2)
+                                    for width in (3, 7, 15, 31))
+        self.scale_norm = nn.LayerNorm(4 * stem)
+
+    def hidden_states(self, x, keep=None):
+        x = agf.hide_padding(x, keep).mT                                     # (B, channels, n)
+        x = torch.cat([scale(x) for scale in self.scales], 1).mT             # (B, n, 4 stem)
+        return super().hidden_states(F.gelu(self.scale_norm(x)), keep)
+
 def make_model(recipe, data):
     tokens = recipe["max_tokens"] or data["length"]
-    return build(agf.AGFTransformer, classes=len(data["classes"]), length=data["length"],
+    kind = partial(StemTransformer, recipe["stem"]) if recipe["stem"] else agf.AGFTransformer
+    return build(kind, classes=len(data["classes"]), length=data["length"],
                  channels=len(data["mean"]), stride=math.ceil(data["length"] / tokens), **recipe)
 
 def make_optimizer(model, kind, lr):
@@ -411,9 +420,10 @@ class AGFClassifier(BaseClassifier):
     def __init__(self, mixer=D.mixer, basis=D.basis, order=D.order, a=D.a, b=D.b, dim=D.dim,
                  identity=D.identity, depth=D.depth, heads=D.heads, hidden=D.hidden, norm=D.norm,
                  dropout=D.dropout, pool=D.pool, lr=D.lr, gamma=D.gamma, batch_size=D.batch_size,
-                 epochs=D.epochs, scale=D.scale, kernel=D.kernel, max_tokens=D.max_tokens,
-                 zero_init=D.zero_init, augment=D.augment, mixup=D.mixup, optimizer=D.optimizer,
-                 clip=D.clip, compile=D.compile, random_state=D.seed, device=D.device):
+                 epochs=D.epochs, scale=D.scale, stem=D.stem, kernel=D.kernel,
+                 max_tokens=D.max_tokens, zero_init=D.zero_init, augment=D.augment, mixup=D.mixup,
+                 optimizer=D.optimizer, clip=D.clip, compile=D.compile, random_state=D.seed,
+                 device=D.device):
         vars(self).update({name: value for name, value in locals().items() if name != "self"})
         BaseClassifier.__init__(self)
 
@@ -468,7 +478,7 @@ class AGFClassifier(BaseClassifier):
             self.history_.append(row)
             self.seconds_ += time.perf_counter() - begin
             if self.save_to:
-                save(self.save_to, dict(
+                write(self.save_to, dict(
                     recipe=recipe, seed=seed, data=self.data_, model=self.model_.state_dict(),
                     optimizer=optimizer.state_dict(), history=self.history_, seconds=self.seconds_))
 
@@ -528,8 +538,7 @@ def run(s):
         logits = agf.evaluate(one.model_, batches(*test[:2], 128, device))
         shares = shares + logits.softmax(1).numpy()
         result = dict(seed=seed, epochs=len(one.history_), train_seconds=round(one.seconds_, 2),
-                      test_accuracy=(logits.argmax(1) == test[2]).double().mean().item(),
-                      test_accuracy_mixers_off=accuracy(without_mixers(one.model_), test, device))
+                      test_accuracy=(logits.argmax(1) == test[2]).double().mean().item())
         if s.protocol == "paper":
             result["best_test_accuracy"] = max(row["test_accuracy"] for row in one.history_)
             facts["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
