@@ -386,12 +386,11 @@ class StemTransformer(agf.AGFTransformer):
         super().__init__(dataclasses.replace(config, channels=4 * stem))
         self.scales = nn.ModuleList(nn.Conv1d(config.channels, stem, width, padding=width // 2)
                                     for width in (3, 7, 15, 31))
-        self.scale_norm = nn.LayerNorm(4 * stem)
 
     def hidden_states(self, x, keep=None):
         x = agf.hide_padding(x, keep).mT                                     # (B, channels, n)
         x = torch.cat([scale(x) for scale in self.scales], 1).mT             # (B, n, 4 stem)
-        return super().hidden_states(F.gelu(self.scale_norm(x)), keep)
+        return super().hidden_states(F.gelu(x), keep)
 
 def make_model(recipe, data):
     tokens = recipe["max_tokens"] or data["length"]
