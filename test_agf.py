@@ -38,9 +38,8 @@ import train_uea
 from train_uea import AGFClassifier
 
 HERE = Path(__file__).parent
-# a, b of every published setting
 PUBLISHED = [(1.5, -1.5), (2, 0.5), (1, 0.2), (1.5, 2), (1.5, 1), (2, 1.5), (1, 0), (0, 0),
-             (-0.5, -0.5), (2, -1), (2, -2), (2, -1.5), (1.5, -1)]
+             (-0.5, -0.5), (2, -1), (2, -2), (2, -1.5), (1.5, -1)]             # a, b of each
 torch.set_num_threads(1)                             # such small tensors make a second one wait
 randn64 = partial(torch.randn, dtype=torch.float64)
 
@@ -90,17 +89,6 @@ def test_jacobi_is_orthogonal_under_its_weight(a, b):
     assert_close(gram, torch.diag(gram.diag()), rtol=0, atol=1e-12)
     assert gram.diag().min() > 0.01
 
-@pytest.mark.parametrize("order, a, b, words", [
-    (-1, 1, 0, "-1"), (3, -1.5, -0.5, "a=-1.5, b=-0.5"), (4, -2, -2, "k=3"), (2.5, 1, 0, "2.5"),
-    (3, math.nan, 0, "nan")])
-def test_an_undefined_basis_is_refused_with_its_values(order, a, b, words):
-    with pytest.raises(ValueError, match=words):
-        agf.jacobi(torch.zeros(2), order, a, b)
-    with pytest.raises(ValueError, match=words):
-        agf.JacobiFilter(order, "jacobi", a, b)
-    with pytest.raises(ValueError, match="fourier"):
-        agf.JacobiFilter(3, "fourier")
-
 def slow_filter(filter, s):
     """sum_k theta_k T_k(s) from textbook pieces, independent of agf's evaluation."""
     a, b = {"legendre": (0, 0), "chebyshev": (-0.5, -0.5)}.get(filter.basis, (filter.a, filter.b))
@@ -114,27 +102,21 @@ def slow_filter(filter, s):
     *(("jacobi", a, b) for a, b in PUBLISHED), *((basis, 1.5, -1.5) for basis in agf.BASES[1:])])
 @pytest.mark.parametrize("order", [0, 1, 2, 5, 10, 14])
 @pytest.mark.parametrize("identity", [True, False])
-def test_the_filter_starts_as_1_or_0_and_is_its_definition_with_gradients(
+def test_the_filter_starts_as_1_or_0_and_is_its_definition_and_float32_is_enough(
         basis, a, b, order, identity):
     filter = agf.JacobiFilter(order, basis, a, b, identity).double()
-    s = torch.rand(3, 7, dtype=torch.float64, requires_grad=True)
+    s = torch.rand(50, 7, dtype=torch.float64, requires_grad=True)
     assert torch.equal(filter(s), torch.full_like(s, identity))
     nn.init.normal_(filter.theta)
     slow = with_gradients([slow_filter(filter, s)], [s, filter.theta])
     for fast in (filter, filter.plain):
         found = with_gradients([fast(s)], [s, filter.theta])
         assert_close(found, slow, rtol=1e-10, atol=1e-10)
+    gap = copy.deepcopy(filter).float()(s.float()) - slow[0]
+    assert order > 10 or gap.abs().max() < 1e-5 * slow[0].abs().max()
     if basis == "jacobi":
         P = torch.stack([printed_recurrence(k, s, a, b) for k in range(order + 1)])
         assert_close(agf.jacobi(s, order, a, b), P, rtol=1e-12, atol=1e-12)
-
-@pytest.mark.parametrize("a, b", PUBLISHED)
-def test_float32_is_enough_for_every_published_setting_at_order_10(a, b):
-    filter, s = agf.JacobiFilter(10, "jacobi", a, b), torch.rand(4096, dtype=torch.float64)
-    for _ in range(5):
-        nn.init.normal_(filter.theta)
-        p = copy.deepcopy(filter).double().plain(s)
-        assert (filter(s.float()) - p).abs().max() < 1e-5 * p.abs().max()
 
 def test_second_derivatives_are_right_or_refused():
     filter, U = agf.JacobiFilter(4, "jacobi", 2, -1.5).double(), randn64(2, 5, 3).requires_grad_()
@@ -462,6 +444,8 @@ def test_hidden_states_are_all_layers_and_forward_uses_them():
     (dict(heads=3), "heads must divide"), (dict(norm="mid"), "mid"), (dict(mixer="agff"), "agff"),
     (dict(depth=0), "depth"), (dict(kernel=4), "kernel"), (dict(dropout=1.0), "dropout"),
     (dict(pool="max"), "max"), (dict(zero_init=True, identity=False), "identity"),
+    (dict(basis="fourier"), "fourier"), (dict(order=-1), "-1"), (dict(order=2.5), "2.5"),
+    (dict(a=-1.5, b=-0.5), "a=-1.5, b=-0.5"), (dict(a=-2, b=-2), "k=3"), (dict(a=math.nan), "nan"),
     ({}, "21 steps")])                                       # an input that is too long
 def test_an_impossible_configuration_or_input_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -686,14 +670,13 @@ def test_ctrl_c_stops_a_real_process_at_once(toy):
 def test_two_runs_never_share_a_folder():
     def race(out):
         settings = train_uea.settle("", train_uea.OPTIONS, {}, dict(out=out))
-        try:
-            return train_uea.open_run("train_uea.py", settings, "100%d", "x")
-        except train_uea.UserError as error:
-            assert "one is there already" in str(error)
+        return train_uea.open_run("train_uea.py", settings, "100%d", "x")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(race, [""] * 20 + ["one"] * 8))
-    assert len(set(made[:20]) - {None}) == 20 and all("100%d" in str(out) for out in made[:20])
-    assert made[20:].count(None) == 7
+        jobs = [pool.submit(race, out) for out in ["one"] * 8 + [""] * 20]
+    lost = [str(job.exception()) for job in jobs if job.exception()]
+    assert len(lost) == 7 and all("one is there already" in error for error in lost)
+    made = [str(job.result()) for job in jobs if not job.exception()]
+    assert len(set(made)) == 21 and sum("100%d" in folder for folder in made) == 20
 
 def test_predict_writes_labels_and_probabilities_or_refuses_file_and_series_never_nan(toy, run):
     _, out, _ = uea("--predict", toy / "Toy" / "Toy_TEST.ts", "--checkpoint", run)
@@ -746,7 +729,6 @@ bad = partial(ts, *GOOD)
     (bad("1,2,3:a"), "1 channels"), (bad("1,2:3,4:5,6:a"), "3 channels"),
     (bad(more="@dimensions 3"), "2 channels"), (bad(more="@targetLabel true"), "regression"),
     (ts("(0,-1.5),(1,2e-3):(0,1),(1,2):a"), "series 1"),
-    (ts("(2020-01-01,1):(2020-01-02,2):b"), "series 1"),
     *((bad(more=f"@{stamps}"), "timestamps") for stamps in (
         "timeStamps true", "TIMESTAMPS TRUE", "timestamps\ttrue", "timeStamps"))])
 def test_a_damaged_file_gets_one_clear_line_and_no_run_folder(text, word):
@@ -849,8 +831,6 @@ def test_hundreds_of_mutated_files_give_a_user_error_or_a_finite_result(run):
     assert 20 < good < 380                           # both ends were reached
 
 # ---------------------------------------------------------------------------- python train_lra.py
-
-CPU = torch.device("cpu")
 
 def options(task, *argv):
     return train_lra.settings([str(a) for a in ("--task", task, *argv)])
@@ -984,7 +964,7 @@ def test_retrieval_keeps_pythons_wrapper_and_compares_two_documents_by_one_encod
             f"{j % 2}.0\tP{j}\tQ{j}\tb'first {part}'\tb'a\\n'\n" for j in range(i + 3)))
     splits = load("retrieval", 9)
     assert [len(split[0]) for split in splits] == [3, 4, 5] and splits[1][2].tolist() == [0, 1] * 2
-    x, keep, _ = train_lra.batch(splits[0], torch.tensor([2, 1]), CPU)
+    x, keep, _ = train_lra.batch(splits[0], torch.tensor([2, 1]), torch.device("cpu"))
     assert bytes(x[0, 0].tolist()) == b"b'first t"
     assert bytes(x[0, 1][keep[0, 1]].tolist()) == b"b'a\\n'"
     model = train_lra.make_model(options("retrieval", "--length", 9)).eval()
