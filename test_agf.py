@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 
+from scipy import special, stats
 from torch import distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.run import main as torchrun
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -29,8 +29,6 @@ from torch.utils.checkpoint import checkpoint
 import numpy as np
 import pandas
 import pytest
-import scipy.special
-import scipy.stats
 import torch
 
 import agf
@@ -84,7 +82,7 @@ def printed_recurrence(k, x, a, b):
 
 @pytest.mark.parametrize("a, b", [(1.0, 0.0), (0.0, 0.0), (2.0, 1.5), (-0.5, -0.5)])
 def test_jacobi_is_orthogonal_under_its_weight(a, b):
-    nodes, weights = map(torch.from_numpy, scipy.special.roots_jacobi(30, a, b))   # exact here
+    nodes, weights = map(torch.from_numpy, special.roots_jacobi(30, a, b))   # exact here
     P = agf.jacobi(nodes, 8, a, b)                           # (9, 30)
     gram = (P * weights) @ P.T
     assert_close(gram, torch.diag(gram.diag()), rtol=0, atol=1e-12)
@@ -322,7 +320,7 @@ def test_fake_tensors_are_enough_and_none_is_float64_which_mps_lacks():
             out = function(*args, **(kwargs or {}))
             assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), function
             return out
-    with FakeTensorMode(), Watch():
+    with torch._subclasses.FakeTensorMode(), Watch():
         model = agf.AGFTransformer(small(order=10))
         sum(part.sum() for part in model(torch.randn(2, 20, 2))).backward()
 
@@ -387,9 +385,8 @@ def test_no_tensor_grows_with_n_squared_and_little_is_saved_for_backward():
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out, ortho = mixer(torch.randn(1, n, 16, requires_grad=True))
-    assert sum(saved.values()) <= 9 * n * 16 * 4             # 8 n D floats and the weights, K = 10
-    (out.sum() + ortho.sum()).backward()
+        mixer(torch.randn(1, n, 16, requires_grad=True))
+    assert 0 < sum(saved.values()) <= 9 * n * 16 * 4         # 8 n D floats and the weights, K = 10
 
 class Floor(nn.Module):
     """A user's own mixer: five bare linear maps."""
@@ -522,9 +519,6 @@ def one_line_error(result, *words):
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
     assert all(str(word) in err for word in words), err
 
-FILES = ["config.json", "curves.png", "filters.png", "metrics.jsonl", "result.json", "seed-0.pt",
-         "seed-1.pt"]
-
 def result_of(run):
     return json.loads(Path(run, "result.json").read_text())
 
@@ -537,6 +531,7 @@ def ts(*lines, labels="true a b", more="@missing false"):
     return "\n".join([*head, *lines, ""])
 
 GOOD = ["1,2,3:4,5,6:a", "2,3,4:1,2,3:b", "1,2:4,5:a"]
+bad = partial(ts, *GOOD)                             # a good file, and what else is in it
 
 def waves(count, rng, shift=0.0):
     """Lines of two channels: label a is a slow wave, label b a fast one."""
@@ -553,6 +548,9 @@ def write_set(folder, name, train, test, labels="true a b"):
         Path(folder, name, f"{name}_{split}.ts").write_bytes(ts(*lines, labels=labels).encode())
     return folder
 
+FILES = ["config.json", "curves.png", "filters.png", "metrics.jsonl", "result.json", "seed-0.pt",
+         "seed-1.pt"]
+QUICK = ["--quick", "--steps", 4, "--batch-size", 7, "--length", 48, "--dim", 16]
 SMALL = ["--dim", 16, "--heads", 2, "--kernel", 3, "--depth", 1, "--epochs", 3, "--dropout", 0.2]
 TINY = dict(dim=8, heads=2, depth=1, kernel=3, epochs=2)
 
@@ -691,8 +689,6 @@ def test_a_wrong_checkpoint_is_refused(toy, run, monkeypatch):
         patch.setitem(agf.MIXERS, "mine", agf.MIXERS["none"])
         assert fit_set(toy, "Toy", "r", "--mixer", "mine")[0] == 0
     one_line_error(predict("--checkpoint", "r"), "'mine'", "unknown")
-
-bad = partial(ts, *GOOD)
 
 @pytest.mark.parametrize("text, word", [
     ("", "@classLabel"), ("nonsense", "@data"), ("\xff\xfe@\0d\0a\0t\0a\0", "@data"),
@@ -861,7 +857,7 @@ def test_listops_has_the_official_form_and_odds_and_an_independent_evaluators_ta
     for values, odds in [([tree[0] for tree in operators], [1 / 4] * 4), (free, [3 / 4, 1 / 4]),
                          ([len(tree) for tree in operators], [1 / 9] * 9), (digits, [1 / 10] * 10)]:
         counts = np.unique(values, return_counts=True)[1]
-        assert scipy.stats.chisquare(counts, len(values) * np.array(odds)).pvalue > 1e-3
+        assert stats.chisquare(counts, len(values) * np.array(odds)).pvalue > 1e-3
 
 def test_listops_files_are_all_there_or_none_and_come_back_as_tokens(monkeypatch):
     monkeypatch.setattr(train_lra, "COUNTS", dict(train=30, val=10, test=10))
@@ -974,8 +970,6 @@ def test_missing_data_says_what_to_put_where_and_a_wrong_checksum_is_refused(mon
     Path("data/lra_release").write_bytes(b"the archive, unzipped")
     for task, words in (("retrieval", "untar"), ("pathfinder", "untar"), ("listops", "exists")):
         lra_error(task, "lra_release", words)
-
-QUICK = ["--quick", "--steps", 4, "--batch-size", 7, "--length", 48, "--dim", 16]
 
 def quick_run(task, out, *flags):
     return lra("--task", task, "--out", out, *QUICK, *flags)
