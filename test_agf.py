@@ -116,12 +116,12 @@ def test_the_filter_starts_as_1_or_0_and_is_its_definition_and_float32_is_enough
         P = torch.stack([printed_recurrence(k, s, a, b) for k in range(order + 1)])
         assert_close(agf.jacobi(s, order, a, b), P, rtol=1e-12, atol=1e-12)
 
-def test_second_derivatives_are_right_or_refused():
+def test_first_and_second_derivatives_are_right_or_refused():
     filter, U = agf.JacobiFilter(4, "jacobi", 2, -1.5).double(), randn64(2, 5, 3).requires_grad_()
     nn.init.normal_(filter.theta)
     s = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(filter.plain, (s,))
-    assert torch.autograd.gradgradcheck(agf.Gram.apply, (U,))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(filter.plain, (s,)) and check(agf.Gram.apply, (U,))
     first, = torch.autograd.grad(filter(s).square().sum(), s, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
