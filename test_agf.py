@@ -396,7 +396,7 @@ class Floor(nn.Module):
     def forward(self, x, keep=None):
         return self.last(sum(self.first(x).chunk(4, -1))), x.new_zeros(len(x))
 
-def test_a_users_own_mixer_plugs_in_and_five_linear_maps_are_not_2_5_times_faster_than_agf():
+def test_a_users_own_mixer_plugs_in_and_agf_costs_at_most_2_5_times_five_linear_maps():
     config = agf.AGFConfig(classes=2, length=1024, vocab=256, dim=64, heads=2, hidden=128, head=128)
     models, times = [agf.AGFTransformer(config), agf.AGFTransformer(config, Floor)], [[], []]
     assert sum(isinstance(m, Floor) for m in models[1].modules()) == 2
