@@ -711,8 +711,8 @@ def test_a_constant_channel_is_not_blown_up_and_missing_values_are_filled_along_
     moved, _, _ = train_uea.encode([X[0] + 0.01], data, "X")
     assert abs(moved[0, :, 1] - 0.01).max() < 1e-6
     data, nan = dict(classes=["a"], length=4, mean=[1.0, 2.0], std=[2.0, 1.0]), math.nan
-    x, _, _ = train_uea.encode([np.array([[1, nan, nan, 7], [nan] * 4])], data, "X")
-    assert x[0].T.tolist() == [[0, 1, 2, 3], [0] * 4]              # all missing: the mean
+    x, _, _ = train_uea.encode([np.array([[nan, 3, nan, 7], [nan] * 4])], data, "X")
+    assert x[0].T.tolist() == [[1, 1, 2, 3], [0] * 4]              # all missing: the mean
 
 def test_labels_come_back_as_written_also_where_the_output_cannot_encode_them():
     names = ["Standing", "banana", "NaN", "A", "a", "?", "gehört", "日本"]
