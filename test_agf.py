@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import copy
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -409,7 +410,7 @@ def test_a_users_own_mixer_plugs_in_and_agf_costs_at_most_2_5_times_five_linear_
             seconds.append(time.process_time() - begin)
     assert min(times[0]) < 2.5 * min(times[1])
 
-# ----------------------------------------------------- the Transformer, its training, the README
+# -------------------------------------- the Transformer, its training, the README and a notebook
 
 def test_hidden_states_are_all_layers_and_forward_uses_them():
     model = agf.AGFTransformer(small(depth=3, kernel=3, stride=2)).eval()
@@ -483,6 +484,24 @@ def test_the_python_examples_of_the_readme_run_as_printed():
     assert len(blocks) == 2 and names["shares"].shape == (4, 3)
     assert set(names["labels"]) <= set("abc")
     assert names["out"].shape == (8, 100, 64) and names["logits"].shape == (8, 9)
+
+def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
+    """The function of notebook 10, forward and backward."""
+    notebook = json.loads((HERE / "notebooks" / "10_a_billion_tokens.ipynb").read_text("utf-8"))
+    parts = ["".join(cell["source"]) for cell in notebook["cells"]]
+    parts = [part.split("\n", 1)[1] for part in parts if part.startswith("%%module")]
+    Path("in_pieces.py").write_text("\n\n".join(parts), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    in_pieces = importlib.import_module("in_pieces")
+    torch.multiprocessing.spawn(in_pieces.worker, (2, tmp_path, [37]), nprocs=2)
+    ranks = [torch.load(f"result_2_{rank}.pt")[37] for rank in range(2)]
+    mixer, x, weight = in_pieces.problem(37)                 # parts of 19 and 18 tokens
+    out, _ = mixer(x.requires_grad_())
+    (out * weight).sum().backward()
+    for name, whole in (("out", out), ("grad", x.grad)):
+        assert_close(torch.cat([rank[name] for rank in ranks], 1), whole)
+    for name, p in mixer.named_parameters():
+        assert_close(ranks[0]["parameters"][name], p.grad, atol=1e-10, rtol=1e-7)
 
 # ------------------------------------ AGFClassifier, python train_uea.py, helpers for both scripts
 
