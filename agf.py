@@ -257,7 +257,7 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x, keep=None):
         out = F.scaled_dot_product_attention(*self.factors(x, keep))        # (B, h, n, d)
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, D)
-        return hide_padding(out, keep), x.new_zeros(len(x))
+        return hide_padding(out, keep), x.new_zeros(x.shape[0])
 
     def matrix(self, x, keep=None):
         """The attention matrix, (B, h, n, n). Its rows sum to 1."""
@@ -268,7 +268,7 @@ class SoftmaxAttention(nn.Module):
 class NoMixer(nn.Module):
     """The control: tokens never see each other. It shows what a task asks of attention."""
     def forward(self, x, keep=None):
-        return torch.zeros_like(x), x.new_zeros(len(x))
+        return torch.zeros_like(x), x.new_zeros(x.shape[0])
 
 MIXERS = {                        # name: made as mixer(dim, heads)
     "agf": AGFAttention,

@@ -26,6 +26,8 @@ from torch.distributed.run import main as torchrun
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+import matplotlib
+import nbformat
 import numpy as np
 import pandas
 import pytest
@@ -304,11 +306,9 @@ def test_copies_pickles_states_and_exports_of_any_batch_and_length_are_the_same_
     with torch.device("meta"):
         loaded = agf.AGFTransformer(config).eval()
     loaded.to_empty(device="cpu").load_state_dict(torch.load("state.pt", weights_only=True))
-    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
-    if name == "agf":
-        dynamic = {0: torch.export.Dim("B"), 1: torch.export.Dim("n", max=64)},
-        exported = torch.export.export(model, (torch.randn(2, 20, 2),), dynamic_shapes=dynamic)
-        twins.append(exported.module())
+    dynamic = {0: torch.export.Dim("B"), 1: torch.export.Dim("n", max=64)},
+    exported = torch.export.export(model, (torch.randn(2, 20, 2),), dynamic_shapes=dynamic)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded, exported.module()]
     for shape in ((2, 20, 2), (5, 64, 2), (3, 7, 2)):
         x = torch.randn(shape)
         for twin in twins:
@@ -503,6 +503,40 @@ def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
     for name, p in mixer.named_parameters():
         assert_close(ranks[0]["parameters"][name], p.grad, atol=1e-10, rtol=1e-7)
 
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
+
+def said(code, names):
+    """What the code prints. IPython's % lines are left out."""
+    lines = [line for line in code.splitlines() if not line.startswith("%")]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec("\n".join(lines), names)
+    return out.getvalue()
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_exercises_accept_their_solutions_and_reject_wrong_answers(path, monkeypatch):
+    """The cells tagged setup are all that they need."""
+    matplotlib.use("agg")
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    cells, names = nbformat.read(path, as_version=4).cells, {}
+    assert all(cell.source.count("\n") < 30 for cell in cells if cell.cell_type == "code")
+    tags = [cell.metadata.get("tags", []) for cell in cells]
+    exercises = [i for i, tag in enumerate(tags) if "exercise" in tag]
+    assert len(exercises) >= (3 if path.name < "05" else 2)
+    with matplotlib.rc_context():                            # a notebook's style stays there
+        for cell, tag in zip(cells, tags):
+            if "setup" in tag:
+                said(cell.source, names)
+        for i in exercises:
+            exercise, check, solution = cells[i:i + 3]
+            assert "check" in tags[i + 1] and "solution" in tags[i + 2]
+            right, = [part.split("```")[0] for part in solution.source.split("```python\n")[1:]]
+            answers = [(exercise.source, "Not answered yet"), (right, "Right")]
+            answers += [(wrong, "Wrong: ") for wrong in exercise.metadata["wrong"]]
+            assert len(answers) >= 4
+            for answer, verdict in answers:                  # each from a fresh start
+                line = said(answer + "\n" + check.source, dict(names))
+                assert line.startswith(verdict) and line.count("\n") == 1, (answer, line)
+
 # ------------------------------------ AGFClassifier, python train_uea.py, helpers for both scripts
 
 def call(main, *argv):
@@ -684,6 +718,12 @@ def test_a_wrong_checkpoint_is_refused(toy, run, monkeypatch):
         torch.save(odd, "other.pt")
         one_line_error(predict("--checkpoint", "other.pt"), "other.pt")
     one_line_error(predict("--checkpoint", "no.pt"), "no.pt", "No such")
+    class Evil:                                      # a pickle that would make a folder
+        def __reduce__(self):
+            return os.mkdir, ("made",)
+    torch.save(Evil(), "evil.pt")
+    one_line_error(predict("--checkpoint", "evil.pt"), "not a readable checkpoint")
+    assert not Path("made").exists()
     one_line_error(predict("--checkpoint", toy), toy)
     with monkeypatch.context() as patch:             # a mixer of one's own, gone in a new process
         patch.setitem(agf.MIXERS, "mine", agf.MIXERS["none"])
