@@ -651,16 +651,19 @@ def test_all_of_aeons_checks_of_an_estimator_pass():
     assert any("pickle" in name for name in found)
     assert len(found) > 20 and {k: v for k, v in found.items() if v != "PASSED"} == {}
 
-def test_arrays_in_labels_out_also_of_unequal_lengths_and_in_cross_validation():
+@pytest.mark.parametrize("recipe", [{}, train_uea.STRONG])
+def test_arrays_in_labels_out_also_of_unequal_lengths_and_in_cross_validation(recipe):
     from sklearn.model_selection import cross_val_score
     rng = np.random.default_rng(0)
     X = [np.sin(np.arange(n) * (0.5 + i % 2))[None] for i, n in enumerate(rng.integers(9, 16, 24))]
     X[3][0, 4] = np.nan
     y, state = np.array([7, -2] * 12), torch.random.get_rng_state()
-    model = AGFClassifier(**TINY | dict(epochs=12), mixup=0, lr=1e-2).fit(X, y)
+    model = AGFClassifier(**TINY | dict(epochs=12, mixup=0, lr=1e-2) | recipe).fit(X, y)
     assert torch.equal(torch.random.get_rng_state(), state)        # the caller's own stays
     assert model.predict(X).tolist() == y.tolist()
-    assert model.predict_proba(X).shape == (24, 2) and model.classes_.tolist() == [-2, 7]
+    shares = model.predict_proba(X)
+    assert shares.shape == (24, 2) and model.classes_.tolist() == [-2, 7]
+    assert_close(np.concatenate([model.predict_proba([x]) for x in X]), shares)    # no padding
     scores = cross_val_score(AGFClassifier(**TINY), X, np.array(["x", "y"] * 12), cv=2)
     assert scores.shape == (2,) and all(0 <= score <= 1 for score in scores)
     for wrong in (dict(augment=50), dict(optimizer="sgd"), dict(heads=3), dict(mixer="agff")):
