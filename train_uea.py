@@ -52,7 +52,7 @@ MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
     order=Option(5, "degree K", (0, 100)), batch_size=Option(16, "of a step", (1, 10**6)),
     lr=Option(1e-3, "peak rate", (1e-12, 100)), gamma=Option(1.0, "weight of ortho", (0, 1e4)))
 RECIPE = MODEL | dict(
-    epochs=Option(0, "passes over the train split; 0: 600 steps, at least --least-epochs", (0, 10**6)),
+    epochs=Option(0, "passes over train; 0: 600 steps, at least --least-epochs", (0, 10**6)),
     least_epochs=Option(10, "see --epochs", (1, 10**6)),
     stem=Option(0, "convolutions of four widths first, with so many channels each", (0, 10**4)),
     kernel=Option(11, "steps of time in one token"), clip=Option(1.0, "of gradients", (1e-6, 1e6)),
