@@ -231,7 +231,7 @@ def draw(out, histories, model, title):
         top = max(row[name] for rows in histories for row in rows)
         ax.set(xlabel="step", ylabel=name, ylim=(0, 1.1 * top or 1))    # from 0, not zoomed in
     figure.suptitle(title)
-    figure.savefig(out / "curves.png", dpi=120)
+    figure.savefig(out / "curves.png", dpi=150)
     filters = [b.mixer.filter for b in model.cpu().blocks if getattr(b.mixer, "filter", None)]
     if filters:
         figure, s = Figure(figsize=(4.5, 3.2), layout="constrained"), torch.linspace(0, 1, 201)
@@ -241,7 +241,7 @@ def draw(out, histories, model, title):
         ax.axhline(0, color="0.8")
         ax.legend()
         ax.set(xlabel="singular value s", ylabel="learned filter p(s)")
-        figure.savefig(out / "filters.png", dpi=120)
+        figure.savefig(out / "filters.png", dpi=150)
 
 # ---------------------------------------------------------------------------------------- data
 
