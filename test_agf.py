@@ -388,8 +388,7 @@ def test_no_tensor_grows_with_n_squared_and_little_is_saved_for_backward():
         mixer(torch.randn(1, n, 16, requires_grad=True))
     assert 0 < sum(saved.values()) <= 9 * n * 16 * 4         # 8 n D floats and the weights, K = 10
 
-class Floor(nn.Module):
-    """A user's own mixer: five bare linear maps."""
+class Floor(nn.Module):                      # five bare linear maps
     def __init__(self, dim, heads):
         super().__init__()
         self.first, self.last = nn.Linear(dim, 4 * dim), nn.Linear(dim, dim)
@@ -486,7 +485,6 @@ def test_the_python_examples_of_the_readme_run_as_printed():
     assert names["out"].shape == (8, 100, 64) and names["logits"].shape == (8, 9)
 
 def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
-    """The function of notebook 10, forward and backward."""
     notebook = json.loads((HERE / "notebooks" / "10_a_billion_tokens.ipynb").read_text("utf-8"))
     parts = ["".join(cell["source"]) for cell in notebook["cells"]]
     parts = [part.split("\n", 1)[1] for part in parts if part.startswith("%%module")]
@@ -505,8 +503,7 @@ def test_one_sequence_on_two_processes_equals_one(tmp_path, monkeypatch):
 
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 
-def said(code, names):
-    """What the code prints. IPython's % lines are left out."""
+def said(code, names):                       # without IPython's % lines
     lines = [line for line in code.splitlines() if not line.startswith("%")]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec("\n".join(lines), names)
@@ -514,7 +511,6 @@ def said(code, names):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_exercises_accept_their_solutions_and_reject_wrong_answers(path, monkeypatch):
-    """The cells tagged setup are all that they need."""
     matplotlib.use("agg")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     cells, names = nbformat.read(path, as_version=4).cells, {}
@@ -539,8 +535,7 @@ def test_exercises_accept_their_solutions_and_reject_wrong_answers(path, monkeyp
 
 # ------------------------------------ AGFClassifier, python train_uea.py, helpers for both scripts
 
-def call(main, *argv):
-    """A script in this process: -> (exit status, standard output, standard error)."""
+def call(main, *argv):                       # -> exit status, standard output, standard error
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([str(a) for a in argv])
@@ -669,9 +664,10 @@ def test_arrays_in_labels_out_also_of_unequal_lengths_and_in_cross_validation(re
     for wrong in (dict(augment=50), dict(optimizer="sgd"), dict(heads=3), dict(mixer="agff")):
         with pytest.raises(ValueError, match=min(wrong)):
             AGFClassifier(**TINY | wrong).fit(X, y)
-    X[3][0, 4] = np.inf
-    with pytest.raises(ValueError, match="series 4"):
-        AGFClassifier(**TINY).fit(X, y)
+    for value in (np.inf, -1.7e308):                 # the second would make the deviation infinite
+        X[3][0, 4] = value
+        with pytest.raises(ValueError, match="series 4"):
+            AGFClassifier(**TINY).fit(X, y)
 
 def test_ctrl_c_stops_a_real_process_at_once(toy):
     flags = ["--dataset", "Toy", "--data-dir", toy, "--epochs", "5000", "--out", "r"]
@@ -728,6 +724,8 @@ def test_a_wrong_checkpoint_is_refused(toy, run, monkeypatch):
     one_line_error(predict("--checkpoint", "evil.pt"), "not a readable checkpoint")
     assert not Path("made").exists()
     one_line_error(predict("--checkpoint", toy), toy)
+    fit_set(toy, "Toy", "nine", "--seed", 9, "--seeds", 2, "--epochs", 1)
+    assert AGFClassifier.load("nine").random_state == 9      # the first seed: 9 before 10
     with monkeypatch.context() as patch:             # a mixer of one's own, gone in a new process
         patch.setitem(agf.MIXERS, "mine", agf.MIXERS["none"])
         assert fit_set(toy, "Toy", "r", "--mixer", "mine")[0] == 0
@@ -737,6 +735,7 @@ def test_a_wrong_checkpoint_is_refused(toy, run, monkeypatch):
     ("", "@classLabel"), ("nonsense", "@data"), ("\xff\xfe@\0d\0a\0t\0a\0", "@data"),
     (bad()[:-3], "series 3"), (ts(), "no series"), (ts(*GOOD[:1] * 3), "same label"),
     (ts("1,2:3,4", labels="false"), "@classLabel"), (ts("a", *GOOD), "series 1"),
+    (ts("@data 1,2:3,4:a").replace("@data\n", ""), "no series"),
     (bad().replace("@classLabel true a b\n", ""), "@classLabel"), (bad("1,x:3,4:a"), "'x'"),
     (bad("1,2,3:4,5,6:c"), "'c'"), (bad("1,2,3:4,5,6:A"), "'A'"), (bad("1,2,3:4,5,6:"), "''"),
     (bad("1,inf,3:4,5,6:a"), "series 4"), (bad("1e39,2:3,4:a"), "series 4"),
@@ -796,21 +795,28 @@ def test_list_names_exactly_what_dataset_finds_and_what_is_not_here_is_told_trul
     for name in ("xyzzy", "../Toy"):
         one_line_error(uea("--dataset", name), name, "--list")
     assert os.listdir() == []
-    for name in ("100%d", "Long", "Half"):
+    for name in ("100%d", "Long", "Half", "BasicMotions"):
         write_set("data", name, GOOD, GOOD)
     with open("data/Long/Long_TRAIN.ts", "r+b") as file:
         file.truncate(2**32)                         # a sparse file of 4 GB: never read whole
-    Path("data/Half/Half_TEST.ts").unlink()
+    for name in ("Half", "BasicMotions"):            # yours hides aeon's, also when it is damaged
+        Path(f"data/{name}/{name}_TEST.ts").unlink()
     Path("data/Dir/Dir_TRAIN.ts").mkdir(parents=True)
     os.symlink("nowhere", "data/Gone")
     status, out, _ = uea("--list")
-    assert status == 0 and set(out.split()) >= {"BasicMotions", "JapaneseVowels", "100%d", "Long"}
-    assert not set(out.split()) & {"Half", "Dir", "Gone"}
+    assert status == 0 and set(out.split()) >= {"JapaneseVowels", "ArrowHead", "100%d", "Long"}
+    assert not set(out.split()) & {"Half", "Dir", "Gone", "BasicMotions"}
     assert fit_set("data", "100%d", "r")[0] == 0
     Path("data/Libras").mkdir()                      # is not downloaded over what is there
     one_line_error(uea("--dataset", "Libras"), "Libras_TRAIN.ts", "No such")
+    one_line_error(uea("--dataset", "BasicMotions"), "BasicMotions_TEST.ts", "No such")
     write_set("data", "Odd", GOOD, ["1,2:3,4:c"], labels="true a b c")
     one_line_error(uea("--dataset", "Odd"), "Odd_TEST.ts", "'c'")
+
+def test_an_output_that_cannot_be_written_is_one_line():
+    command = f"env -u PYTHONUNBUFFERED {sys.executable} {HERE / 'train_uea.py'} --list > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    one_line_error((done.returncode, "", done.stderr), "No space left")
 
 def test_compile_without_a_compiler_is_one_line(toy):
     done = python(HERE / "train_uea.py", "--dataset", "Toy", "--data-dir", toy, "--compile",
@@ -846,17 +852,14 @@ def load(task, length=1024):
     return train_lra.load_task(options(task, "--length", length))
 
 def lra_error(task, *words):
-    """A run on the files in data/ ends with one line that has these words, without a folder."""
     one_line_error(lra("--task", task, "--out", "run", "--steps", 1), *words)
     assert not Path("run").exists()
 
 def texts(*splits):
-    """Document -> label, cut to the length."""
     return {bytes(row[0, :size[0]].tolist()): int(label)
             for split in splits for row, size, label in zip(*split)}
 
 def tar(name, files):
-    """An archive data/NAME.tar.gz of these files."""
     for file, data in files.items():
         Path("tar", file).parent.mkdir(parents=True, exist_ok=True)
         Path("tar", file).write_bytes(data)
@@ -959,7 +962,8 @@ def test_image_reads_grey_pixels_and_opens_pickles_of_the_official_archive_only(
     grey = dict(train_x=x, train_y=y, test_x=x, test_y=y)
     np.savez("data/cifar10_gray.npz", **grey)
     assert texts(load("image")[2]) == texts(test)
-    for damage, words in ((dict(test_x=x[:2]), "cifar10_gray.npz"), (dict(test_y=y + 9), "label")):
+    for damage, words in ((dict(test_x=x[:2]), "cifar10_gray.npz"), (dict(test_y=y + 9), "label"),
+                          (dict(test_x=x / 255), "float64"), (dict(train_y=np.eye(4)), "float64")):
         np.savez("data/cifar10_gray.npz", **grey | damage)
         lra_error("image", words)
 
@@ -1125,7 +1129,7 @@ def test_the_lra_settings_and_schedule_are_the_published_ones():
         (["--augment", 50], "augment"), (["--pool", "max"], "pool"),
         (["--dropout", 1.5], "dropout"), (["--mixup", "inf"], "mixup"), (["--dim", 10**9], "built"),
         (["--kernel", 4], "kernel"), (["--batch-size", 0], "size"),
-        (["--out", "/dev/null/r"], "dev")]),
+        (["--checkpoint", "r"], "--predict"), (["--out", "/dev/null/r"], "dev")]),
     (uea, [], "--dataset Jap"), (uea, ["--predict", "new.ts"], "--checkpoint"),
     (lra, [], "which task"), (lra, ["--task", "listop"], "listop"),
     (lra, ["--task", "text", "--heads", 3], "heads must"),
@@ -1172,7 +1176,8 @@ def test_resume_refuses_odd_folders_other_options_also_defaults_and_other_data(
     good = json.loads(config.read_text())
     settings = good["settings"]
     for odd in ([], {}, {"settings": 3}, good | dict(script="train_lra.py"),
-                good | dict(settings=dict(dim=3)), good | dict(settings=settings | dict(seed="x"))):
+                good | dict(settings=dict(dim=3)), good | dict(settings=settings | dict(seed="x")),
+                good | dict(settings=settings | dict(dim=16.5))):
         config.write_text(json.dumps(odd))
         one_line_error(uea("--resume", "r"), "--resume")
     config.write_text(json.dumps(good | dict(settings=settings | dict(mixer="softmax", seed=3))))
@@ -1181,9 +1186,12 @@ def test_resume_refuses_odd_folders_other_options_also_defaults_and_other_data(
     for flags in (["--mixer", "softmax"], ["--steps", 5], ["--task", "text"]):
         one_line_error(lra("--resume", quick, *flags), flags[0][2:])
     config.write_text(json.dumps(good))
-    for odd in ([1, 2], {"a": 1}, {}, "text", {"history": [], "seconds": 0, "model": 3}):
-        torch.save(odd, "r/seed-0.pt")
-        one_line_error(uea("--resume", "r"), "seed-0.pt")
+    other = train_uea.load("r/seed-1.pt")
+    shutil.copytree(quick, "q")
+    for odd in ([1, 2], {"a": 1}, {}, "text", {"history": [], "seconds": 0, "model": 3}, other):
+        for script, folder in ((uea, "r"), (lra, "q")):
+            torch.save(odd, f"{folder}/seed-0.pt")
+            one_line_error(script("--resume", folder), "seed-0.pt")
     for split, old, new in [("TRAIN", ":a", ":b"), ("TEST", ":a", ":b"), ("TRAIN", "0.1", "0.2")]:
         file = shutil.copytree(toy, f"{split}{new[-1]}") / Path("Toy", f"Toy_{split}.ts")
         file.write_text(file.read_text().replace(old, new, 3))

@@ -6,6 +6,7 @@
     torchrun --standalone --nproc_per_node=2 train_lra.py --task listops
 
 Protocol: the checkpoint that is best on the dev split, then one pass over the test split.
+The numbers in parentheses below give way to the settings of the task and of the preset.
 """
 
 import hashlib
@@ -130,15 +131,15 @@ def parse_pair(line, _):
     """Label, two ids, two documents. A document stands there as Python prints bytes, b'...' with
     \\n spelled out. The official pipeline takes it as it stands, so do we."""
     label, _, _, one, two = line.split(b"\t")
-    return int(float(label)), one, two
+    return {0.0: 0, 1.0: 1}[float(label)], one, two
 
 def parse_image(line, path):
     """Folder, file, a number, label, and more."""
     from matplotlib.image import imread
     folder, file, _, label, *_ = line.decode().split()
     pixels = np.atleast_3d(imread(path.parents[1] / folder / file))[:, :, 0]
-    if pixels.shape != (32, 32):
-        raise ValueError(f"an image of shape {pixels.shape}, not 32 x 32")
+    if pixels.shape != (32, 32) or pixels.dtype == np.uint8:         # a PNG is read as 0 to 1
+        raise ValueError(f"an image of shape {pixels.shape}, not a PNG of 32 x 32")
     return int(label), bytes(np.rint(255 * pixels).astype(np.uint8))
 
 ARCHIVES = {                         # name: source, SHA-256
@@ -190,8 +191,10 @@ def read_grey(path):
     """A converted copy of CIFAR-10: train_x, test_x (N, 1024) bytes; train_y, test_y (N,)."""
     try:
         with np.load(path) as arrays:
-            return [list(zip(arrays[f"{part}_y"].tolist(), map(bytes, arrays[f"{part}_x"]),
-                             strict=True)) for part in ("train", "test")]
+            for part in ("train", "test"):           # other kinds of numbers are refused
+                x = arrays[f"{part}_x"].astype(np.uint8, casting="safe").reshape(-1, 1024)
+                y = arrays[f"{part}_y"].astype(np.int64, casting="safe").ravel().tolist()
+                yield list(zip(y, map(bytes, x), strict=True))
     except Exception as error:       # a damaged file fails in many ways
         raise UserError(f"{path}: unreadable ({error})") from None
 
@@ -200,7 +203,7 @@ def draw_toy(s, seed, count):
     rng, documents = np.random.default_rng(seed), 2 if s.task == "retrieval" else 1
     for label in rng.integers(CLASSES[s.task], size=count).tolist():
         yield label, *(bytes(rng.integers(1, 6 + label, size=n).astype(np.uint8))
-                       for n in rng.integers(s.length // 2, s.length + 1, size=documents))
+                       for n in rng.integers(s.length // 2 or 1, s.length + 1, size=documents))
 
 def read_task(s):
     """-> the samples of each file: train, dev, test, or what of these there is."""
@@ -231,8 +234,7 @@ def pack(samples, s):
         sizes.append([min(len(text), s.length) for text in documents])
         for text in documents:
             flat += text[:s.length].ljust(s.length, b"\0")
-    strange = set(labels) - set(range(CLASSES[s.task]))
-    if len(labels) < 3 or min(map(min, sizes)) == 0 or strange:
+    if len(labels) < 3 or min(map(min, sizes)) == 0 or set(labels) - set(range(CLASSES[s.task])):
         raise UserError(f"{s.data_dir}: no {s.task} samples, an empty one, or an unknown label")
     x = torch.frombuffer(flat, dtype=torch.uint8).view(len(labels), -1, s.length)
     return x, torch.tensor(sizes), torch.tensor(labels)
@@ -279,11 +281,12 @@ def make_model(s):
 
 def find_processes():
     """-> rank, processes, rank on this machine. One process, unless torchrun set all of these."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    numbers = [int(given[name]) if given.get(name, "").isdecimal() else -1 for name in names[:3]]
-    if all(map(given.get, names)) and min(numbers) >= 0 and numbers[0] < numbers[1]:
-        return numbers
+    numbers = [int(given[name]) if given.get(name, "").isdecimal() else -1 for name in names[:4]]
+    rank, processes, local, port = numbers
+    if all(map(given.get, names)) and min(numbers) >= 0 and rank < processes and port < 2**16:
+        return rank, processes, local
     if given:
         print(f"one process: {given} is not what torchrun sets", file=sys.stderr)
     return 0, 1, 0
@@ -330,9 +333,10 @@ def train(s, splits, world, device, seed, path):
         box = [state]                # other machines do not have the file
         distributed.broadcast_object_list(box, device=torch.device("cpu"))
         state = box[0]
-    if state["step"]:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    with train_uea.told(f"{path}: not a checkpoint of this run"):
+        if state["step"]:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
     if s.compile:                    # for one shape: each costs half a minute
         net = torch.compile(net, dynamic=False)
     rows, sums, begin = None, torch.zeros(2, device=device), time.perf_counter()
@@ -393,9 +397,8 @@ def train(s, splits, world, device, seed, path):
     model.load_state_dict(state["best_model"])
     test = accuracy(model, test_split, micro, world, device)
     state["result"] = dict(
-        seed=seed, test_accuracy=test, dev_accuracy=state["best"],
-        best_step=state["best_step"], train_seconds=round(state["seconds"], 2),
-        peak_cuda_mb=torch.cuda.max_memory_allocated() >> 20)
+        seed=seed, test_accuracy=test, dev_accuracy=state["best"], best_step=state["best_step"],
+        train_seconds=round(state["seconds"]), peak_cuda_mb=torch.cuda.max_memory_allocated() >> 20)
     return state, model
 
 # -------------------------------------------------------------------------------- command line

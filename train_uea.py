@@ -43,7 +43,7 @@ RUN = dict(
     resume=Option("", "go on with this interrupted run, same numbers"),
     data_dir=Option("data", "where data is looked for, and where downloads go"),
     device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
-    seed=Option(0, "the first seed", (0, 2**31 - 1)), seeds=Option(1, "how many", (1, 1000)))
+    seed=Option(0, "the first seed", (0, 2**31 - 1000)), seeds=Option(1, "how many", (1, 1000)))
 MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
     a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4, hidden=256, dropout=0.0, norm="pre",
     pool="mean").items()} | dict(
@@ -130,7 +130,8 @@ def settle(script, table, preset, given):
     with told(f"--resume {run}: no run of this version of {script} there"):
         config = json.loads(Path(run, "config.json").read_text())
         old = check(table, config["settings"] | dict(resume=run, out=run))
-        if (config["script"], old.keys()) != (script, table.keys()):
+        kinds = {name: type(option.default) for name, option in table.items()}
+        if config["script"] != script or {k: type(v) for k, v in old.items()} != kinds:
             raise ValueError("other options")
     for name, value in given.items():
         if name not in ("device", "data_dir") and value != old[name]:
@@ -143,14 +144,22 @@ def guard(script, work, argv):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work(argv)
+        print(end="", flush=True)     # a full disk or a closed pipe shows here
         return 0
-    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):     # a CPU's full memory
+            raise                     # has no class of its own
         line = " ".join(str(error).split())[:400] or repr(error)
         print(f"{script}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:               # else Python tries it again at its end
+            sys.stdout = None
 
 def open_run(script, s, name, data):
     """-> a new run folder with its config.json, or the one to resume. data: its fingerprint()."""
@@ -222,12 +231,13 @@ def finish(out, states, model, facts):
 
 def draw(out, histories, model, title):
     """curves.png: what was logged, one line a seed. filters.png: p(s), one line a layer."""
-    from matplotlib.figure import Figure             # no pyplot: a notebook's settings stay
+    with told("matplotlib does not start: is MPLBACKEND right?", ValueError):
+        from matplotlib.figure import Figure         # no pyplot: a notebook's settings stay
     names = [name for name in histories[0][0] if name in ("loss", "ortho") or "accuracy" in name]
     figure = Figure(figsize=(4.5 * len(names), 3.2), layout="constrained")
     for ax, name in zip(figure.subplots(1, len(names)), names):
         for rows in histories:
-            ax.plot([row["step"] for row in rows], [row[name] for row in rows])
+            ax.plot([row["step"] for row in rows], [row[name] for row in rows], "k", alpha=0.6)
         top = max(row[name] for rows in histories for row in rows)
         ax.set(xlabel="step", ylabel=name, ylim=(0, 1.1 * top or 1))    # from 0, not zoomed in
     figure.suptitle(title)
@@ -237,10 +247,11 @@ def draw(out, histories, model, title):
         figure, s = Figure(figsize=(4.5, 3.2), layout="constrained"), torch.linspace(0, 1, 201)
         ax = figure.subplots()
         for layer, p in enumerate(filters, start=1):
-            ax.plot(s, p(s).detach(), label=f"layer {layer}")
+            grey = str(0.8 * (layer - 1) / len(filters))             # deeper is lighter
+            ax.plot(s, p(s).detach(), color=grey, label=f"layer {layer}")
         ax.axhline(0, color="0.8")
         ax.legend()
-        ax.set(xlabel="singular value s", ylabel="learned filter p(s)")
+        ax.set(xlabel="s", ylabel="learned filter p(s)")
         figure.savefig(out / "filters.png", dpi=150)
 
 # ---------------------------------------------------------------------------------------- data
@@ -249,6 +260,7 @@ def sets_here(data_dir):
     """-> {name: folder} of the sets that need no download: what aeon ships, and over it yours."""
     found = {}
     for folder in [*SHIPPED.glob("*"), *Path(data_dir).glob("*")]:
+        found.pop(folder.name, None)  # yours hides aeon's, also when yours is damaged
         train, test = (folder / f"{folder.name}_{split}.ts" for split in ("TRAIN", "TEST"))
         if train.is_file() and test.is_file():
             with open(train, errors="replace") as file:      # not those for regression
@@ -283,7 +295,7 @@ def read(path, need_labels=True):
                 channels = value
             if key == "@classlabel" and value.startswith("true"):
                 classes = words[1:]
-            if key == "@data":
+            if key == "@data" and not words:
                 break
         if need_labels and not classes:
             raise UserError(f"{path}: no line '@classLabel true ...' above a line @data")
@@ -330,7 +342,7 @@ def encode(X, data, source, y=()):
         if np.isnan(x).any():         # missing: along time; a channel without any value: its mean
             x = pandas.DataFrame(x).interpolate(axis=1, limit_direction="both").to_numpy()
         scaled = (x - mean) / std     # in float64: for large means
-        if np.isinf(x).any() or (abs(scaled) > 1e9).any():         # float32 squares fit up to 1e19
+        if (abs(x) > 1e150).any() or (abs(scaled) > 1e9).any():    # squares: 1e308, in float32 1e38
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
         series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))
     if cut := sum(x.shape[1] > data["length"] for x in X):
@@ -447,6 +459,8 @@ class AGFClassifier(BaseClassifier):
         if self.save_to and self.save_to.exists():
             state = load(self.save_to)
             with told(f"{self.save_to}: not a checkpoint of this run"):
+                if (state["recipe"], state["seed"]) != (recipe, seed):
+                    raise ValueError("other settings")
                 self.history_, self.seconds_ = state["history"], state["seconds"]
                 self.model_.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -472,7 +486,8 @@ class AGFClassifier(BaseClassifier):
                 losses = agf.train_step(net.train(), optimizer, *batch, self.gamma, self.clip)
                 sums += [loss.item() for loss in losses]
             loss, ortho = (sums / per_epoch).tolist()
-            if not math.isfinite(loss + ortho):
+            finite = all(p.isfinite().all() for p in self.model_.parameters())
+            if not (finite and math.isfinite(loss + ortho)):
                 raise UserError(f"the loss is not finite in epoch {epoch + 1}: a smaller --lr?")
             row = dict(seed=seed, epoch=epoch + 1, step=step + 1, lr=rate, loss=loss, ortho=ortho)
             if self.watch:
@@ -495,7 +510,7 @@ class AGFClassifier(BaseClassifier):
     @classmethod
     def load(cls, run, device=D.device):
         """A run folder (its first seed), or one of its .pt files -> a fitted classifier."""
-        path = min(Path(run).glob("seed-*.pt"), default=run)
+        path = min(Path(run).glob("seed-*.pt"), key=lambda p: (len(p.name), p.name), default=run)
         state = load(path)
         with told(f"{path}: not a checkpoint that this train_uea.py can use"):
             found = cls(**state["recipe"], random_state=state["seed"], device=device)
@@ -554,7 +569,7 @@ def run(s):
 def start(argv):
     given = parse(OPTIONS, argv, __doc__)
     preset = STRONG if given.get("preset") == "strong" else {}
-    if given.get("preset") == "paper":
+    if given.get("preset") == "paper" and "resume" not in given:
         with told(f"--preset paper is for {', '.join(PAPER_SETS)}", KeyError):
             preset = PAPER | dict(zip(COLUMNS, PAPER_SETS[given.get("dataset")]))
     s = settle("train_uea.py", OPTIONS, preset, given)
@@ -562,7 +577,7 @@ def start(argv):
         print(*sorted(sets_here(s.data_dir)), sep="\n")
     elif s.predict and s.checkpoint:
         predict(s.predict, s.checkpoint, s.device)
-    elif s.dataset:
+    elif s.dataset and not s.predict and not s.checkpoint:
         run(s)
     else:
         raise UserError("--dataset JapaneseVowels? --predict FILE.ts --checkpoint RUN? --list?")
