@@ -147,8 +147,8 @@ def guard(script, work, argv):
         print(end="", flush=True)     # a full disk or a closed pipe shows here
         return 0
     except (UserError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):     # a CPU's full memory
-            raise                     # has no class of its own
+        if isinstance(error, RuntimeError) and "tried to allocate" not in str(error).lower():
+            raise                     # not a full memory, of whatever device: a bug
         line = " ".join(str(error).split())[:400] or repr(error)
         print(f"{script}: error: {line}", file=sys.stderr)
         return 2
