@@ -643,7 +643,6 @@ def test_the_published_settings_are_those_of_the_paper(monkeypatch):
 def test_all_of_aeons_checks_of_an_estimator_pass():
     from aeon.testing.estimator_checking import check_estimator
     found = check_estimator(AGFClassifier, raise_exceptions=False, verbose=False)
-    assert any("pickle" in name for name in found)
     assert len(found) > 20 and {k: v for k, v in found.items() if v != "PASSED"} == {}
 
 @pytest.mark.parametrize("recipe", [{}, train_uea.STRONG])
@@ -1053,9 +1052,7 @@ def test_every_task_runs_in_bfloat16_compiled_once(monkeypatch, task, flags, sha
     seen, autocast = set(), torch.autocast
 
     def compile(net, **how):
-        def look(x, *args):
-            return seen.add((*x.shape[1:], net(x, *args)[0].dtype)) or net(x, *args)
-        return look
+        return lambda x, *args: seen.add((*x.shape[1:], net(x, *args)[0].dtype)) or net(x, *args)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch, "autocast", lambda kind, *dtype, enabled: autocast(
         kind, *dtype, enabled=bool(dtype)))
@@ -1080,10 +1077,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_with_the_same_losses(monke
 
 @pytest.mark.parametrize("mixer", ["agf", "none"])
 def test_torchrun_with_two_processes_ends_where_one_does(mixer, monkeypatch):
-    """Batches of 7: 4 and 3 samples, in parts of one, so the second process has an empty part."""
+    """Of 7 the second process has 3 and an empty part. A thread left over can abort an exit."""
     flags = ["--mixer", mixer, "--dropout", 0, "--micro-batch", 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = [HERE / "train_lra.py", "--task", "text", "--out", "two", *QUICK, *flags]
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    Path("worker.py").write_text(
+        "import glob, sys, train_lra; status, names = train_lra.main(), '/proc/self/task/*/comm'\n"
+        "sys.exit(status or 'gloo' in str([open(name).read() for name in glob.glob(names)]))")
+    script = ["worker.py", "--task", "text", "--out", "two", *QUICK, *flags]
     torchrun(["--standalone", "--nproc-per-node=2", *map(str, script)])
     assert quick_run("text", "one", *flags)[0] == 0
     for one, two in zip(rows_of("one"), rows_of("two"), strict=True):

@@ -99,10 +99,8 @@ def make_listops(folder):
 
 def find(home, pattern):
     """Files of the official release, wherever it was unpacked."""
-    paths = []
-    for place in (home, home / "lra_release", home / "lra_release" / "lra_release"):
-        paths = paths or sorted(place.glob(pattern))
-    return paths
+    places = (home, home / "lra_release", home / "lra_release" / "lra_release")
+    return next(filter(None, (sorted(place.glob(pattern)) for place in places)), [])
 
 def read_release(home, pattern, parse):
     """parse(line, path) of each line of these files."""
@@ -424,6 +422,8 @@ def start(argv):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if processes > 1:
+        # Before the group: imported later, it keeps the group, whose threads may abort the exit.
+        import torch.distributed.nn as _
         distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     splits = load_task(s)
     facts = dict(task=s.task, mixer=s.mixer, preset=s.preset, steps=s.steps, processes=processes,
