@@ -643,6 +643,7 @@ def test_the_published_settings_are_those_of_the_paper(monkeypatch):
 def test_all_of_aeons_checks_of_an_estimator_pass():
     from aeon.testing.estimator_checking import check_estimator
     found = check_estimator(AGFClassifier, raise_exceptions=False, verbose=False)
+    assert any("pickle" in name for name in found)
     assert len(found) > 20 and {k: v for k, v in found.items() if v != "PASSED"} == {}
 
 @pytest.mark.parametrize("recipe", [{}, train_uea.STRONG])
@@ -1050,7 +1051,6 @@ def test_a_quick_run_leaves_its_folder_and_the_test_accuracy_of_the_best_dev_mod
     ("image", ["--preset", "laptop"], (48,))])
 def test_every_task_runs_in_bfloat16_compiled_once(monkeypatch, task, flags, shape):
     seen, autocast = set(), torch.autocast
-
     def compile(net, **how):
         return lambda x, *args: seen.add((*x.shape[1:], net(x, *args)[0].dtype)) or net(x, *args)
     monkeypatch.setattr(torch, "compile", compile)
