@@ -113,14 +113,19 @@ def parse(table, argv, about):
     return check(table, vars(parser.parse_args(argv)))
 
 def check(table, values):
-    """Refuse an unknown word, and a number out of its limits."""
+    """-> the values, as Python's numbers and words. Refuse another type, and what limits forbid."""
+    checked = {}
     for name, value in values.items():
-        limits = table[name].limits
-        if limits and isinstance(value, str) and value not in limits:
-            raise UserError(f"--{name.replace('_', '-')} {value}: not one of {', '.join(limits)}")
-        if limits and not isinstance(value, str) and not limits[0] <= value <= limits[1]:
-            raise UserError(f"--{name.replace('_', '-')} {value}: not {limits[0]} to {limits[1]}")
-    return values
+        default, _, limits = table[name]
+        kind, flag = type(default), f"--{name.replace('_', '-')} {value}"
+        with told(f"{flag}: not of type {kind.__name__}"):
+            checked[name] = kind(value)              # NumPy's numbers come from a grid search
+            if checked[name] != value:
+                raise ValueError(repr(value))
+        allowed = (" or " if kind is str else " to ").join(map(str, limits))
+        if limits and not (value in limits if kind is str else limits[0] <= value <= limits[1]):
+            raise UserError(f"{flag}: not {allowed}")
+    return checked
 
 def settle(script, table, preset, given):
     """Defaults, over them a preset, over both what is given; with --resume, that run's settings."""
@@ -130,8 +135,7 @@ def settle(script, table, preset, given):
     with told(f"--resume {run}: no run of this version of {script} there"):
         config = json.loads(Path(run, "config.json").read_text())
         old = check(table, config["settings"] | dict(resume=run, out=run))
-        kinds = {name: type(option.default) for name, option in table.items()}
-        if config["script"] != script or {k: type(v) for k, v in old.items()} != kinds:
+        if config["script"] != script or old.keys() != table.keys():
             raise ValueError("other options")
     for name, value in given.items():
         if name not in ("device", "data_dir") and value != old[name]:
@@ -238,17 +242,16 @@ def draw(out, histories, model, title):
     for ax, name in zip(figure.subplots(1, len(names)), names):
         for rows in histories:
             ax.plot([row["step"] for row in rows], [row[name] for row in rows], "k", alpha=0.6)
-        top = max(row[name] for rows in histories for row in rows)
-        ax.set(xlabel="step", ylabel=name, ylim=(0, 1.1 * top or 1))    # from 0, not zoomed in
+        ax.set(xlabel="step", ylabel=name)
+        ax.set_ylim(bottom=0)         # not zoomed in
     figure.suptitle(title)
     figure.savefig(out / "curves.png", dpi=150)
     filters = [b.mixer.filter for b in model.cpu().blocks if getattr(b.mixer, "filter", None)]
     if filters:
         figure, s = Figure(figsize=(4.5, 3.2), layout="constrained"), torch.linspace(0, 1, 201)
         ax = figure.subplots()
-        for layer, p in enumerate(filters, start=1):
-            grey = str(0.8 * (layer - 1) / len(filters))             # deeper is lighter
-            ax.plot(s, p(s).detach(), color=grey, label=f"layer {layer}")
+        for i, p in enumerate(filters):              # deeper is lighter
+            ax.plot(s, p(s).detach(), color=str(0.8 * i / len(filters)), label=f"layer {i + 1}")
         ax.axhline(0, color="0.8")
         ax.legend()
         ax.set(xlabel="s", ylabel="learned filter p(s)")
@@ -443,19 +446,20 @@ class AGFClassifier(BaseClassifier):
 
     @torch.random.fork_rng(devices=[])               # the caller's random numbers stay as they are
     def _fit(self, X, y):
-        recipe, seed = {name: getattr(self, name) for name in RECIPE}, self.random_state or 0
-        check(OPTIONS, recipe | dict(seed=seed))
+        recipe = check(OPTIONS, {name: getattr(self, name) for name in RECIPE})
+        s, seed = argparse.Namespace(**recipe), self.random_state or 0
+        check(OPTIONS, dict(seed=seed))
         device, _ = pick_device(self.device)
         self.data_, self.history_, self.seconds_ = describe(X, y), [], 0.0
         x, keep, y = encode(X, self.data_, "X", y)
         x, keep, y = x.to(device), keep.to(device), torch.eye(len(self.classes_))[y].to(device)
-        per_epoch = math.ceil(len(x) / self.batch_size)
-        epochs = self.epochs or max(self.least_epochs, math.ceil(600 / per_epoch))
+        per_epoch = math.ceil(len(x) / s.batch_size)
+        epochs = s.epochs or max(s.least_epochs, math.ceil(600 / per_epoch))
         steps = epochs * per_epoch
         torch.manual_seed(seed)
         self.model_ = make_model(recipe, self.data_).to(device)
         net = torch.compile(self.model_) if self.compile else self.model_
-        optimizer = make_optimizer(self.model_, self.optimizer, self.lr)
+        optimizer = make_optimizer(self.model_, s.optimizer, s.lr)
         if self.save_to and self.save_to.exists():
             state = load(self.save_to)
             with told(f"{self.save_to}: not a checkpoint of this run"):
@@ -468,22 +472,22 @@ class AGFClassifier(BaseClassifier):
             begin, sums = time.perf_counter(), np.zeros(2)
             torch.manual_seed(10_007 * (seed + 1) + epoch)         # dropout: as if never stopped
             order = np.random.default_rng([seed, epoch, len(x)]).permutation(len(x))
-            for i, pick in enumerate(torch.from_numpy(order).to(device).split(self.batch_size)):
+            for i, pick in enumerate(torch.from_numpy(order).to(device).split(s.batch_size)):
                 step = epoch * per_epoch + i
                 rng = np.random.default_rng([seed, step])
                 n = x.shape[1] if self.compile else int(keep[pick].sum(1).max())
                 batch = x[pick, :n], keep[pick, :n], y[pick]
-                if self.augment:
-                    batch = augment(*batch[:2], self.augment, rng), *batch[1:]
-                if self.mixup:
-                    batch = mixup(*batch, self.mixup, rng)
-                rate = self.lr
-                if self.optimizer == "adamw":        # a warmup, then a cosine
+                if s.augment:
+                    batch = augment(*batch[:2], s.augment, rng), *batch[1:]
+                if s.mixup:
+                    batch = mixup(*batch, s.mixup, rng)
+                rate = s.lr
+                if s.optimizer == "adamw":           # a warmup, then a cosine
                     warmup = min(1, (step + 1) / (0.1 * steps))
-                    rate = self.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    rate = s.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                losses = agf.train_step(net.train(), optimizer, *batch, self.gamma, self.clip)
+                losses = agf.train_step(net.train(), optimizer, *batch, s.gamma, s.clip)
                 sums += [loss.item() for loss in losses]
             loss, ortho = (sums / per_epoch).tolist()
             finite = all(p.isfinite().all() for p in self.model_.parameters())
