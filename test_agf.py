@@ -678,7 +678,7 @@ def test_ctrl_c_stops_a_real_process_at_once(toy):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=15)       # five seconds, on a machine that is not busy
     assert process.returncode == 130 and "--resume r" in out and "Traceback" not in err
-    assert 0 < len(train_uea.load("r/seed-0.pt")["history"]) < 5000
+    assert " of 5000 epochs" in uea("--predict", toy / "Toy/Toy_TEST.ts", "--checkpoint", "r")[2]
 
 def test_two_runs_never_share_a_folder():
     def race(out):
@@ -713,7 +713,9 @@ def test_a_wrong_checkpoint_is_refused(toy, run, monkeypatch):
     predict = partial(uea, "--predict", toy / "Toy" / "Toy_TEST.ts")
     Path("seed-0.pt").write_bytes((run / "seed-0.pt").read_bytes()[:2000])
     one_line_error(predict("--checkpoint", "."), "not a readable checkpoint")
-    for odd in ({"a": 1}, {"recipe": dict(mixer="agf")}, [1], torch.zeros(2), {"recipe": 1}):
+    nan = train_uea.load(run / "seed-0.pt")
+    nan["model"]["position"] *= math.nan
+    for odd in ({"a": 1}, {"recipe": dict(mixer="agf")}, [1], torch.zeros(2), {"recipe": 1}, nan):
         torch.save(odd, "other.pt")
         one_line_error(predict("--checkpoint", "other.pt"), "other.pt")
     one_line_error(predict("--checkpoint", "no.pt"), "no.pt", "No such")
@@ -781,8 +783,7 @@ def test_labels_come_back_as_written_also_where_the_output_cannot_encode_them():
     train = [line.rsplit(":", 1)[0] + ":" + names[i % 8] for i, line in lines]
     fitted("d", train, train[:8], "--epochs", 1, labels=f"true {' '.join(names)}")
     predict = "--predict", "d/Odd/Odd_TEST.ts", "--checkpoint", "d/r"
-    out = uea(*predict)[1]
-    assert set(out.split("\n")[0].split(",")) >= {f"p({name})" for name in names}
+    assert set(uea(*predict)[1].split("\n")[0].split(",")) >= {f"p({name})" for name in names}
     assert AGFClassifier.load("d/r").classes_.tolist() == sorted(names)
     done = python(HERE / "train_uea.py", *predict, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.isascii() and done.stdout.count("\n") == 9
@@ -1126,13 +1127,12 @@ def test_the_lra_settings_and_schedule_are_the_published_ones():
         (["--a", -2, "--b", -1], "a=-2"), (["--lr", "nan"], "lr"), (["--seeds", 0], "seeds"),
         (["--device", "warp"], "--device warp"), (["--preset", "paper"], "Heartbeat"),
         (["--lrr", 3], "--lrr"), (["--seed", "1e23"], "--seed"), (["--seed", 10**23], "seed"),
-        (["--augment", 50], "augment"), (["--pool", "max"], "pool"),
-        (["--dropout", 1.5], "dropout"), (["--mixup", "inf"], "mixup"), (["--dim", 10**9], "built"),
-        (["--kernel", 4], "kernel"), (["--batch-size", 0], "size"),
+        (["--augment", 50], "augment"), (["--pool", "max"], "pool"), (["--device", "meta"], "meta"),
+        (["--dropout", 1.5], "dropout"), (["--mixup", "inf"], "mixup"), (["--dim", 10**6], "built"),
+        (["--kernel", 4], "kernel"), (["--batch-size", 0], "size"), (["--dim", 10**22], "dim"),
         (["--checkpoint", "r"], "--predict"), (["--out", "/dev/null/r"], "dev")]),
-    (uea, [], "--dataset Jap"), (uea, ["--predict", "new.ts"], "--checkpoint"),
-    (lra, [], "which task"), (lra, ["--task", "listop"], "listop"),
-    (lra, ["--task", "text", "--heads", 3], "heads must"),
+    (uea, [], "--dataset Jap"), (lra, [], "which task"), (lra, ["--task", "listop"], "listop"),
+    (uea, ["--predict", 1], "--checkpoint"), (lra, ["--task", "text", "--heads", 3], "heads must"),
     (lra, ["--task", "text", "--warmup", 2], "warmup 2")])
 def test_a_mistaken_option_gets_one_clear_line_that_blames_it(toy, script, flags, word):
     one_line_error(script("--data-dir", toy, "--out", "r", *flags), word)

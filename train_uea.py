@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections import namedtuple
@@ -45,8 +46,9 @@ RUN = dict(
     device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
     seed=Option(0, "the first seed", (0, 2**31 - 1000)), seeds=Option(1, "how many", (1, 1000)))
 MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
-    a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4, hidden=256, dropout=0.0, norm="pre",
-    pool="mean").items()} | dict(
+    a=1.0, b=0.0, identity=True, dropout=0.0, norm="pre", pool="mean").items()} | {
+    name: Option(default, "see agf.AGFConfig", (1, 10**6)) for name, default in dict(
+    dim=128, depth=2, heads=4, hidden=256).items()} | dict(
     mixer=Option("agf", "agf, uv (Sigma = 1), usv (p(s) = s), softmax, or none", agf.MIXERS),
     basis=Option("jacobi", "of the filter: jacobi, legendre, chebyshev, monomial", agf.BASES),
     order=Option(5, "degree K", (0, 100)), batch_size=Option(16, "of a step", (1, 10**6)),
@@ -55,7 +57,8 @@ RECIPE = MODEL | dict(
     epochs=Option(0, "passes over train; 0: 600 steps, at least --least-epochs", (0, 10**6)),
     least_epochs=Option(10, "see --epochs", (1, 10**6)),
     stem=Option(0, "convolutions of four widths first, with so many channels each", (0, 10**4)),
-    kernel=Option(11, "steps of time in one token"), clip=Option(1.0, "of gradients", (1e-6, 1e6)),
+    kernel=Option(11, "steps of time in one token, odd", (1, 10**6)),
+    clip=Option(1.0, "of gradients", (1e-6, 1e6)),
     max_tokens=Option(64, "stride to have at most so many tokens, 0 = no stride", (0, 10**6)),
     scale=Option(False, "see agf.AGFConfig"), zero_init=Option(True, "see agf.AGFConfig"),
     augment=Option(0.3, "warp time, scale channels, add noise: 120 series are few", (0, 2)),
@@ -144,6 +147,7 @@ def settle(script, table, preset, given):
 
 def guard(script, work, argv):
     """work(argv) -> exit status. What the user can mend is told in one line."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")         # closed: else print takes stdout
     if hasattr(sys.stdout, "reconfigure"):           # a label that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -190,26 +194,33 @@ def fingerprint(*parts):
     return digest.hexdigest()[:16]
 
 def write(path, what):
-    """A text or a checkpoint: the whole file or none, so a crash leaves the old one."""
+    """A text, a picture or a checkpoint: the whole file or none, so a crash leaves the old one."""
     part = Path(f"{path}.part")
-    with told(f"cannot write {path}: disk full, folder gone?"):
+    with told(f"cannot write {path}: disk full, folder gone or read-only?"):
         if isinstance(what, str):
             part.write_text(what)
+        elif hasattr(what, "savefig"):
+            what.savefig(part, dpi=150, format="png")
         else:
             torch.save(what, part)
         part.replace(path)
 
 def load(path):
     """weights_only: a file from a stranger brings numbers, never code."""
-    with told(f"{path}: not a readable checkpoint"):
+    try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:        # torch's own text advises to run the code in it
+        reason = error.strerror if isinstance(error, OSError) else "damaged, or no checkpoint"
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
 
 def pick_device(name, compile=False):
     """-> (torch.device with its number, the reason for it), both tried out, and torch.compile."""
     with told(f"--device {name}{' --compile' if compile else ''}: not usable here"):
         device, reason = agf.choose_device(name)
         probe = torch.compile(nn.Softsign()) if compile else nn.Softsign()
-        return probe(torch.zeros(2, device=device)).device, reason
+        found = probe(torch.zeros(2, device=device))
+        found.tolist()                # "meta" has no numbers
+        return found.device, reason
 
 def build(make, **settings):
     """make(AGFConfig) from the settings that are its fields. What cannot be built is one line."""
@@ -245,7 +256,7 @@ def draw(out, histories, model, title):
         ax.set(xlabel="step", ylabel=name)
         ax.set_ylim(bottom=0)         # not zoomed in
     figure.suptitle(title)
-    figure.savefig(out / "curves.png", dpi=150)
+    write(out / "curves.png", figure)
     filters = [b.mixer.filter for b in model.cpu().blocks if getattr(b.mixer, "filter", None)]
     if filters:
         figure, s = Figure(figsize=(4.5, 3.2), layout="constrained"), torch.linspace(0, 1, 201)
@@ -255,7 +266,7 @@ def draw(out, histories, model, title):
         ax.axhline(0, color="0.8")
         ax.legend()
         ax.set(xlabel="s", ylabel="learned filter p(s)")
-        figure.savefig(out / "filters.png", dpi=150)
+        write(out / "filters.png", figure)
 
 # ---------------------------------------------------------------------------------------- data
 
@@ -265,7 +276,7 @@ def sets_here(data_dir):
     for folder in [*SHIPPED.glob("*"), *Path(data_dir).glob("*")]:
         found.pop(folder.name, None)  # yours hides aeon's, also when yours is damaged
         train, test = (folder / f"{folder.name}_{split}.ts" for split in ("TRAIN", "TEST"))
-        if train.is_file() and test.is_file():
+        if all(os.path.isfile(file) and os.access(file, os.R_OK) for file in (train, test)):
             with open(train, errors="replace") as file:      # not those for regression
                 if "@classlabel true" in " ".join(file.read(10**6).lower().split()):
                     found[folder.name] = folder
@@ -307,7 +318,7 @@ def read(path, need_labels=True):
             if fields == [""] or line.startswith("#"):
                 continue
             labels.append(fields.pop() if classes else None)
-            channels = channels or str(len(fields))
+            channels = channels or str(len(fields) or 1)
             with told(f"{path}: series {len(labels)}", ValueError):
                 if not fields or str(len(fields)) != channels:
                     raise ValueError(f"{len(fields)} channels, not {channels}")
@@ -341,19 +352,18 @@ def encode(X, data, source, y=()):
     for i, x in enumerate(X, start=1):
         if len(x) != len(mean):
             raise UserError(f"{source}: series {i} has {len(x)} channels, not {len(mean)}")
-        x = x[:, :data["length"]]
+        x = x[:, :data["length"]].astype(np.float64)         # for large means
         if np.isnan(x).any():         # missing: along time; a channel without any value: its mean
             x = pandas.DataFrame(x).interpolate(axis=1, limit_direction="both").to_numpy()
-        scaled = (x - mean) / std     # in float64: for large means
-        if (abs(x) > 1e150).any() or (abs(scaled) > 1e9).any():    # squares: 1e308, in float32 1e38
+        if (abs(x) > 1e150).any() or (abs(x - mean) > 1e9 * std).any():     # squares must fit
             raise UserError(f"{source}: series {i} is far out of the range of the train split")
-        series.append(torch.tensor(np.nan_to_num(scaled.T), dtype=torch.float32))
+        series.append(torch.tensor(np.nan_to_num((x - mean) / std).T, dtype=torch.float32))
     if cut := sum(x.shape[1] > data["length"] for x in X):
         print(f"{source}: {cut} series cut to the longest of the train split", file=sys.stderr)
     sizes = torch.tensor([len(x) for x in series])
     keep = torch.arange(max(sizes)) < sizes[:, None]
     with told(f"{source}: a label that no train series has", ValueError):
-        y = torch.tensor([data["classes"].index(label) for label in y])
+        y = torch.tensor([data["classes"].index(label) for label in np.array(y).tolist()])
     return pad_sequence(series, batch_first=True), keep, y
 
 def load_dataset(name, data_dir):
@@ -447,8 +457,8 @@ class AGFClassifier(BaseClassifier):
     @torch.random.fork_rng(devices=[])               # the caller's random numbers stay as they are
     def _fit(self, X, y):
         recipe = check(OPTIONS, {name: getattr(self, name) for name in RECIPE})
-        s, seed = argparse.Namespace(**recipe), self.random_state or 0
-        check(OPTIONS, dict(seed=seed))
+        seed = 0 if self.random_state is None else self.random_state
+        s, seed = argparse.Namespace(**recipe), check(OPTIONS, dict(seed=seed))["seed"]
         device, _ = pick_device(self.device)
         self.data_, self.history_, self.seconds_ = describe(X, y), [], 0.0
         x, keep, y = encode(X, self.data_, "X", y)
@@ -463,8 +473,8 @@ class AGFClassifier(BaseClassifier):
         if self.save_to and self.save_to.exists():
             state = load(self.save_to)
             with told(f"{self.save_to}: not a checkpoint of this run"):
-                if (state["recipe"], state["seed"]) != (recipe, seed):
-                    raise ValueError("other settings")
+                if (state["recipe"], state["seed"], state["data"]) != (recipe, seed, self.data_):
+                    raise ValueError("other settings or data")
                 self.history_, self.seconds_ = state["history"], state["seconds"]
                 self.model_.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -500,8 +510,9 @@ class AGFClassifier(BaseClassifier):
             self.seconds_ += time.perf_counter() - begin
             if self.save_to:
                 write(self.save_to, dict(
-                    recipe=recipe, seed=seed, data=self.data_, model=self.model_.state_dict(),
-                    optimizer=optimizer.state_dict(), history=self.history_, seconds=self.seconds_))
+                    recipe=recipe, seed=seed, data=self.data_, epochs=epochs, seconds=self.seconds_,
+                    model=self.model_.state_dict(), optimizer=optimizer.state_dict(),
+                    history=self.history_))
 
     def _predict_proba(self, X, source="X"):
         x, keep, _ = encode(X, self.data_, source)
@@ -521,6 +532,10 @@ class AGFClassifier(BaseClassifier):
             found.data_, found.classes_ = state["data"], np.array(state["data"]["classes"])
             found.model_ = make_model(state["recipe"], state["data"])
             found.model_.load_state_dict(state["model"])
+            if not all(p.isfinite().all() for p in found.model_.parameters()):
+                raise ValueError("weights that are not finite")
+            if (done := len(state["history"])) < state["epochs"]:
+                print(f"{path}: a model after {done} of {state['epochs']} epochs", file=sys.stderr)
         found.model_.to(pick_device(device)[0])
         found.n_classes_, found.is_fitted = len(found.classes_), True
         return found
@@ -563,7 +578,7 @@ def run(s):
         if s.protocol == "paper":
             result["best_test_accuracy"] = max(row["test_accuracy"] for row in one.history_)
             facts["best_test_accuracy_label"] = "best epoch, chosen on the TEST split: optimistic"
-        print(*(f"{key} {value:.4g}" for key, value in result.items()), sep=", ", end="  ")
+        print(*(f"{key} {round(value, 4)}" for key, value in result.items()), sep=", ", end="  ")
         print(facts.get("best_test_accuracy_label", ""), flush=True)
         states.append(dict(history=one.history_, result=result))
     if s.seeds > 1:
@@ -580,6 +595,8 @@ def start(argv):
     if s.list:
         print(*sorted(sets_here(s.data_dir)), sep="\n")
     elif s.predict and s.checkpoint:
+        if other := given.keys() - {"predict", "checkpoint", "device"}:
+            raise UserError(f"--predict keeps its run's settings: leave --{min(other)} out")
         predict(s.predict, s.checkpoint, s.device)
     elif s.dataset and not s.predict and not s.checkpoint:
         run(s)
