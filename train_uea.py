@@ -596,7 +596,7 @@ def start(argv):
         print(*sorted(sets_here(s.data_dir)), sep="\n")
     elif s.predict and s.checkpoint:
         if other := given.keys() - {"predict", "checkpoint", "device"}:
-            raise UserError(f"--predict keeps its run's settings: leave --{min(other)} out")
+            raise UserError(f"--predict keeps its run's settings: leave out {', '.join(other)}")
         predict(s.predict, s.checkpoint, s.device)
     elif s.dataset and not s.predict and not s.checkpoint:
         run(s)
