@@ -45,10 +45,10 @@ RUN = dict(
     data_dir=Option("data", "where data is looked for, and where downloads go"),
     device=Option("auto", "auto, cpu, cuda, cuda:1, mps"), compile=Option(False, "torch.compile"),
     seed=Option(0, "the first seed", (0, 2**31 - 1000)), seeds=Option(1, "how many", (1, 1000)))
-MODEL = {name: Option(default, "see agf.AGFConfig") for name, default in dict(
-    a=1.0, b=0.0, identity=True, dropout=0.0, norm="pre", pool="mean").items()} | {
-    name: Option(default, "see agf.AGFConfig", (1, 10**6)) for name, default in dict(
-    dim=128, depth=2, heads=4, hidden=256).items()} | dict(
+MODEL = {name: Option(default, "see agf.AGFConfig", (1, 10**6) if type(default) is int else ())
+         for name, default in dict(
+    a=1.0, b=0.0, identity=True, dim=128, depth=2, heads=4, hidden=256, dropout=0.0, norm="pre",
+    pool="mean").items()} | dict(
     mixer=Option("agf", "agf, uv (Sigma = 1), usv (p(s) = s), softmax, or none", agf.MIXERS),
     basis=Option("jacobi", "of the filter: jacobi, legendre, chebyshev, monomial", agf.BASES),
     order=Option(5, "degree K", (0, 100)), batch_size=Option(16, "of a step", (1, 10**6)),
@@ -426,6 +426,9 @@ def make_model(recipe, data):
     return build(kind, classes=len(data["classes"]), length=data["length"],
                  channels=len(data["mean"]), stride=math.ceil(data["length"] / tokens), **recipe)
 
+def is_finite(model):
+    return all(p.isfinite().all() for p in model.parameters())
+
 def make_optimizer(model, kind, lr):
     """AdamW decays matrices only; Adam and RAdam are the official code's, without decay."""
     if kind != "adamw":
@@ -500,8 +503,7 @@ class AGFClassifier(BaseClassifier):
                 losses = agf.train_step(net.train(), optimizer, *batch, s.gamma, s.clip)
                 sums += [loss.item() for loss in losses]
             loss, ortho = (sums / per_epoch).tolist()
-            finite = all(p.isfinite().all() for p in self.model_.parameters())
-            if not (finite and math.isfinite(loss + ortho)):
+            if not (is_finite(self.model_) and math.isfinite(loss + ortho)):
                 raise UserError(f"the loss is not finite in epoch {epoch + 1}: a smaller --lr?")
             row = dict(seed=seed, epoch=epoch + 1, step=step + 1, lr=rate, loss=loss, ortho=ortho)
             if self.watch:
@@ -532,7 +534,7 @@ class AGFClassifier(BaseClassifier):
             found.data_, found.classes_ = state["data"], np.array(state["data"]["classes"])
             found.model_ = make_model(state["recipe"], state["data"])
             found.model_.load_state_dict(state["model"])
-            if not all(p.isfinite().all() for p in found.model_.parameters()):
+            if not is_finite(found.model_):
                 raise ValueError("weights that are not finite")
             if (done := len(state["history"])) < state["epochs"]:
                 print(f"{path}: a model after {done} of {state['epochs']} epochs", file=sys.stderr)
